@@ -1,0 +1,32 @@
+# make demo | test | bench | lint | setup; each sets up what it needs.
+SHELL := /bin/bash
+HUB ?= runs/demo
+SITES ?=
+EVAL ?=
+PYTHON_IN := $(CURDIR)/.venv/bin
+export PATH := $(PYTHON_IN):$(PATH)
+# No compiled kernel is looked up at the hub, and no cloud metadata server waited for.
+export HF_HUB_OFFLINE ?= 1
+export AWS_EC2_METADATA_DISABLED ?= true
+
+.PHONY: setup demo test test-slow bench lint
+
+setup:
+	@.ci/environment
+
+demo: setup
+	python -m jobs.demo hub_uri=$(HUB) sites="$(SITES)" evaluation="$(EVAL)"
+
+test: setup
+	python -m pytest -m "not slow"
+
+test-slow: setup
+	python -m pytest -m slow
+
+bench: setup
+	python -m tests.bench
+
+lint: setup
+	ruff format --check .
+	ruff check .
+	mypy

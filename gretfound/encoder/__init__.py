@@ -1,0 +1,1 @@
+"""Encoders: vision transformers, their objectives, preprocessing and folders."""

@@ -1,0 +1,132 @@
+"""The one way from a photograph to a tensor: for evaluation, serving and releases alike.
+
+Crop to the field of view, pad to a square, resize, scale to [0, 1], normalise. The settings travel with the encoder as
+`transform.json`. Pretraining's random crops replace the crop and resize, never the normalisation.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from gretfound import fundus
+
+# Legend of tensor suffixes: B images, C colour channels, H rows, W columns.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATION = "bicubic"
+Photograph = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """The preprocessing of one encoder.
+
+    Args:
+        image_size_px: Side of the square that the encoder reads.
+        mean: Mean of each colour channel on the scale of [0, 1].
+        std: Standard deviation of each colour channel on the scale of [0, 1].
+        crop_to_field_of_view: Whether the black border around the photographed circle is cut off first.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    image_size_px: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop_to_field_of_view: bool = True
+
+    def __post_init__(self) -> None:
+        if self.image_size_px < 1:
+            raise ValueError(f"found image_size_px={self.image_size_px}; required at least 1")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"found mean={self.mean} and std={self.std}; required three of each, every std above 0")
+
+    def square(self, image: Photograph, *, size_px: int | None = None) -> Photograph:
+        """Crops, pads and resizes a photograph, without normalising it: what a person would be shown.
+
+        PIL's bicubic filter widens with the reduction, so nothing aliases.
+
+        Args:
+            image: HxWx3 uint8, RGB.
+            size_px: Another side than the encoder's.
+
+        Returns:
+            SxSx3 uint8, RGB.
+
+        Raises:
+            ValueError: If ``image`` is not HxWx3 uint8.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"found an array of shape {image.shape} and type {image.dtype}; required HxWx3 uint8")
+        if self.crop_to_field_of_view and (field_of_view := fundus.find_field_of_view(image)) is not None:
+            image = fundus.crop_to_field_of_view(image, field_of_view)
+        size = size_px or self.image_size_px
+        resized = Image.fromarray(_padded(image)).resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(resized)
+
+    def apply(self, image: Photograph) -> torch.Tensor:
+        """Returns the encoder's input for one photograph (HxWx3 uint8, RGB) as CxHxW float32."""
+        return self.normalise(torch.from_numpy(self.square(image).transpose(2, 0, 1).copy()))
+
+    def apply_batch(self, images: Sequence[Photograph]) -> torch.Tensor:
+        """Returns the encoder's input for photographs of any sizes as BxCxHxW float32."""
+        if not images:
+            return torch.zeros(0, 3, self.image_size_px, self.image_size_px)
+        return torch.stack([self.apply(image) for image in images])
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Scales pixels of 0 to 255, in the shape CxHxW or BxCxHxW, to the encoder's float32 range."""
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (pixels.to(torch.float32) / 255.0 - mean) / std
+
+    def denormalise(self, tensor_BCHW: torch.Tensor) -> npt.NDArray[np.uint8]:
+        """Returns normalised tensors as pictures, BxHxWx3 uint8: the inverse of `normalise` up to rounding."""
+        mean, std = (torch.tensor(values, device=tensor_BCHW.device).view(3, 1, 1) for values in (self.mean, self.std))
+        pixels_BCHW = ((tensor_BCHW.to(torch.float32) * std + mean) * 255.0).round().clamp(0, 255).to(torch.uint8)
+        return pixels_BCHW.permute(0, 2, 3, 1).cpu().numpy()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the settings as plain JSON-able values."""
+        return {
+            "image_size_px": self.image_size_px,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "crop_to_field_of_view": self.crop_to_field_of_view,
+            "interpolation": INTERPOLATION,
+            "padding": "black, to a square",
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Transform":
+        """Rebuilds a transform from `to_json`'s content.
+
+        Raises:
+            ValueError: If a setting is absent or unknown, or asks for what this version doesn't do.
+        """
+        settings = dict(content)
+        fixed = (settings.pop("interpolation", INTERPOLATION), settings.pop("padding", "black, to a square"))
+        names = {field.name for field in dataclasses.fields(cls)}
+        if fixed != (INTERPOLATION, "black, to a square") or set(settings) != names:
+            raise ValueError(
+                f"found the transform settings {sorted(content)} with interpolation and padding {fixed}; required "
+                f"{sorted(names)} with {INTERPOLATION!r} and black squares"
+            )
+        return cls(**settings | {"mean": tuple(settings["mean"]), "std": tuple(settings["std"])})
+
+
+def _padded(image: Photograph) -> Photograph:
+    height, width = image.shape[:2]
+    if height == width:
+        return image
+    side = max(height, width)
+    square = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square

@@ -1,0 +1,300 @@
+"""The report of an evaluation: `report.json`, one self-contained `report.html`, and `predictions.parquet`.
+
+The page loads nothing from elsewhere: plots are SVG, photographs are embedded. It takes arrays and plain values and
+opens no bucket. Photographs make it a page for the consortium, not for publication, and it says so.
+"""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from markupsafe import Markup
+from PIL import Image
+
+from gretfound import fundus
+from gretfound.evaluation import metrics
+from gretfound.evaluation.protocol import BASELINES, ENCODERS, METRICS, Assessment, Outcome, Photographs
+
+Photograph = npt.NDArray[np.uint8]
+COLOURS = {"pretrained": "#0b6a9e", "untrained": "#d9722b", "raw_pixels": "#7b8087"}
+NAMES = {"pretrained": "pretrained", "untrained": "untrained", "raw_pixels": "raw pixels"}
+METRIC_NAMES = {
+    "auroc": "AUROC, linear probe",
+    "average_precision": "average precision, linear probe",
+    "knn_auroc": "AUROC, nearest neighbours",
+    "knn_average_precision": "average precision, nearest neighbours",
+}
+JSON_NAME, HTML_NAME, PREDICTIONS_NAME = "report.json", "report.html", "predictions.parquet"
+PICTURE_SIZE_PX = 144
+MAX_LOSS_POINTS = 400
+PREDICTIONS_SCHEMA = pa.schema(
+    [
+        ("row", pa.int32()),
+        ("set", pa.string()),
+        ("task", pa.string()),
+        ("fold", pa.int32()),
+        ("encoder", pa.string()),
+        ("probe", pa.string()),
+        ("label", pa.int32()),
+        ("score", pa.list_(pa.float32())),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A photograph of a shard with its caption."""
+
+    image: Photograph
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSamples:
+    """Some photographs that a site brought to the corpus; ``real`` is empty where they stay at the site."""
+
+    site_id: str
+    real: tuple[Sample, ...]
+    synthetic: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """A photograph of an evaluation set, what the encoder saw of it, and what pretraining's decoder made of that."""
+
+    original: Photograph
+    masked: Photograph
+    reconstruction: Photograph
+
+
+def write_report(
+    folder_path: Path,
+    content: Mapping[str, Any],
+    *,
+    assessments: Sequence[Assessment],
+    outcomes: Mapping[tuple[str, str], Outcome],
+    photographs: Mapping[str, Photographs],
+    loss_curve: Sequence[tuple[int, float]] = (),
+    site_samples: Sequence[SiteSamples] = (),
+    reconstructions: Sequence[Reconstruction] = (),
+) -> Path:
+    """Writes the three files.
+
+    Args:
+        folder_path: Where to; made if absent.
+        content: The report's JSON: `protocol.summarise`'s, with ``protocol``, ``evaluation_sets``, ``skipped_tasks``
+            and ``lineage``.
+        assessments: What was planned.
+        outcomes: By the assessment's name and the encoder's.
+        photographs: The evaluation sets by name.
+        loss_curve: Images seen and loss, of the pretraining run.
+        site_samples: Photographs of the corpus.
+        reconstructions: Masked photographs.
+
+    Returns:
+        The page's path.
+    """
+    folder_path.mkdir(parents=True, exist_ok=True)
+    (folder_path / JSON_NAME).write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    pq.write_table(_predictions(assessments, outcomes, photographs), folder_path / PREDICTIONS_NAME, compression="zstd")
+    rocs = [
+        {
+            "name": assessment.name,
+            "title": assessment.task.title,
+            "svg": _roc_svg(
+                {
+                    encoder: metrics.roc_curve(
+                        assessment.label_N, outcomes[assessment.name, encoder].scores["linear"], assessment.fold_N
+                    )
+                    for encoder in ENCODERS
+                }
+            ),
+        }
+        for assessment in assessments
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"picture": _picture, "figure": _figure, "signed": _signed}
+    page = environment.get_template(HTML_NAME).render(
+        content=content,
+        colours=COLOURS,
+        names=NAMES,
+        metric_names=METRIC_NAMES,
+        encoders=ENCODERS,
+        baselines=BASELINES,
+        metrics=tuple(METRICS),
+        means=_means(content["encoders"]),
+        forest=lambda task: _forest_svg({name: content["encoders"][name][task]["auroc"] for name in ENCODERS}),
+        forest_axis=_forest_axis_svg(),
+        rocs=rocs,
+        loss_svg=_loss_svg(loss_curve) if len(loss_curve) > 1 else None,
+        loss_curve=loss_curve,
+        site_samples=site_samples,
+        reconstructions=reconstructions,
+        num_unreadable=sum(len(entry["unreadable"]) for entry in content["evaluation_sets"].values()),
+    )
+    (folder_path / HTML_NAME).write_text(page)
+    return folder_path / HTML_NAME
+
+
+def _predictions(
+    assessments: Sequence[Assessment],
+    outcomes: Mapping[tuple[str, str], Outcome],
+    photographs: Mapping[str, Photographs],
+) -> pa.Table:
+    tables = []
+    for assessment in assessments:
+        numbers = photographs[assessment.set_name].row_numbers
+        num_rows = len(assessment.row_N)
+        for encoder in ENCODERS:
+            for probe, score_NC in outcomes[assessment.name, encoder].scores.items():
+                columns = {
+                    "row": [numbers[row] for row in assessment.row_N.tolist()],
+                    "set": [assessment.set_name] * num_rows,
+                    "task": [assessment.name] * num_rows,
+                    "fold": assessment.fold_N.tolist(),
+                    "encoder": [encoder] * num_rows,
+                    "probe": [probe] * num_rows,
+                    "label": assessment.label_N.tolist(),
+                    "score": score_NC.tolist(),
+                }
+                tables.append(pa.Table.from_pydict(columns, PREDICTIONS_SCHEMA))
+    return pa.concat_tables(tables) if tables else PREDICTIONS_SCHEMA.empty_table()
+
+
+def _means(encoders: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> dict[str, float | None]:
+    means: dict[str, float | None] = {}
+    for name, tasks in encoders.items():
+        values = [figures["auroc"]["value"] for figures in tasks.values()]
+        means[name] = float(np.mean(values)) if values else None
+    return means
+
+
+def _picture(image: npt.NDArray[np.uint8], size_px: int = PICTURE_SIZE_PX) -> Markup:
+    resized = Image.fromarray(image)
+    resized.thumbnail((size_px, size_px), Image.Resampling.BICUBIC)
+    if max(resized.size) < size_px:
+        scale = size_px / max(resized.size)
+        resized = resized.resize((round(resized.width * scale), round(resized.height * scale)), Image.Resampling.BICUBIC)
+    encoded = base64.b64encode(fundus.encode_jpeg(np.asarray(resized), quality=88)).decode()
+    return Markup("data:image/jpeg;base64,{}").format(encoded)
+
+
+def _figure(interval: Mapping[str, float]) -> Markup:
+    return Markup('<b>{:.3f}</b> <span class="ci">{:.3f} to {:.3f}</span>').format(
+        interval["value"], interval["low"], interval["high"]
+    )
+
+
+def _signed(interval: Mapping[str, float]) -> Markup:
+    kind = "up" if interval["low"] > 0 else "down" if interval["high"] < 0 else "even"
+    return Markup('<span class="{}"><b>{:+.3f}</b> <span class="ci">{:+.3f} to {:+.3f}</span></span>').format(
+        kind, interval["value"], interval["low"], interval["high"]
+    )
+
+
+FOREST_WIDTH, FOREST_LOW, FOREST_HIGH = 230, 0.3, 1.0
+
+
+def _forest_x(value: float) -> float:
+    inner = FOREST_WIDTH - 12
+    return 6 + inner * (min(max(value, FOREST_LOW), FOREST_HIGH) - FOREST_LOW) / (FOREST_HIGH - FOREST_LOW)
+
+
+def _forest_svg(figures: Mapping[str, Mapping[str, float]]) -> Markup:
+    chance = _forest_x(0.5)
+    parts = [
+        f'<svg class="forest" viewBox="0 0 {FOREST_WIDTH} 46" width="{FOREST_WIDTH}" height="46" role="img">',
+        f'<line x1="{chance:.1f}" y1="0" x2="{chance:.1f}" y2="46" class="chance"/>',
+    ]
+    for index, (name, figure) in enumerate(figures.items()):
+        y, colour = 9 + 14 * index, COLOURS[name]
+        low, value, high = (_forest_x(figure[key]) for key in ("low", "value", "high"))
+        parts.append(
+            f"<g><title>{NAMES[name]}: {figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})</title>"
+            f'<line x1="{low:.1f}" y1="{y}" x2="{high:.1f}" y2="{y}" stroke="{colour}" stroke-width="2.4"/>'
+            f'<circle cx="{value:.1f}" cy="{y}" r="4.2" fill="{colour}"/></g>'
+        )
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def _forest_axis_svg() -> Markup:
+    ticks = "".join(
+        f'<text x="{_forest_x(tick):.1f}" y="11" text-anchor="middle">{tick:.1f}</text>'
+        for tick in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    )
+    return Markup(f'<svg class="axis" viewBox="0 0 {FOREST_WIDTH} 14" width="{FOREST_WIDTH}" height="14">{ticks}</svg>')
+
+
+def _roc_svg(curves: Mapping[str, tuple[metrics.Floats, metrics.Floats]]) -> Markup:
+    side, left, top = 190, 34, 6
+    parts = [f'<svg class="plot" viewBox="0 0 {side + 46} {side + 40}" role="img">', _grid(side, left, top)]
+    for name in reversed(tuple(curves)):
+        points = " ".join(
+            f"{left + side * x:.1f},{top + side * (1 - y):.1f}" for x, y in zip(*curves[name], strict=True)
+        )
+        width = 2.4 if name == "pretrained" else 1.6
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" stroke-width="{width}"/>')
+    parts.append(
+        f'<text x="{left + side / 2}" y="{top + side + 30}" text-anchor="middle">false positive rate</text>'
+        f'<text transform="translate(9 {top + side / 2}) rotate(-90)" text-anchor="middle">true positive rate</text>'
+    )
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def _grid(side: int, left: int, top: int) -> str:
+    parts = [f'<line class="chance" x1="{left}" y1="{top + side}" x2="{left + side}" y2="{top}"/>']
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = left + side * tick, top + side * (1 - tick)
+        parts.append(f'<line class="grid" x1="{x}" y1="{top}" x2="{x}" y2="{top + side}"/>')
+        parts.append(f'<line class="grid" x1="{left}" y1="{y}" x2="{left + side}" y2="{y}"/>')
+        if tick in (0.0, 0.5, 1.0):
+            parts.append(f'<text x="{x}" y="{top + side + 14}" text-anchor="middle">{tick:g}</text>')
+            parts.append(f'<text x="{left - 5}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
+    return "".join(parts)
+
+
+def _loss_svg(loss_curve: Sequence[tuple[int, float]]) -> Markup:
+    width, height, left, top = 640, 200, 58, 8
+    points = loss_curve[:: -(-len(loss_curve) // MAX_LOSS_POINTS)]
+    last_seen = max(seen for seen, _ in points) or 1
+    losses = np.array([loss for _, loss in points])
+    low, high = float(losses.min()), float(losses.max())
+    padding = (high - low) * 0.06 or 0.5
+    low, high = low - padding, high + padding
+
+    def place(seen: float, loss: float) -> str:
+        return f"{left + width * seen / last_seen:.1f},{top + height * (high - loss) / (high - low):.1f}"
+
+    smooth, smoothed = losses[0], []
+    for loss in losses:
+        smooth = 0.9 * smooth + 0.1 * loss
+        smoothed.append(smooth)
+    raw = " ".join(place(seen, loss) for seen, loss in points)
+    mean = " ".join(place(seen, loss) for (seen, _), loss in zip(points, smoothed, strict=True))
+    parts = [f'<svg class="plot wide" viewBox="0 0 {left + width + 16} {top + height + 40}" role="img">']
+    for step in range(5):
+        loss = low + (high - low) * step / 4
+        y = top + height * (high - loss) / (high - low)
+        parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{loss:.3f}</text>')
+        seen = last_seen * step / 4
+        x = left + width * step / 4
+        parts.append(f'<text x="{x:.1f}" y="{top + height + 16}" text-anchor="middle">{seen:,.0f}</text>')
+    parts.append(f'<polyline points="{raw}" fill="none" stroke="{COLOURS["pretrained"]}" stroke-opacity="0.3"/>')
+    parts.append(f'<polyline points="{mean}" fill="none" stroke="{COLOURS["pretrained"]}" stroke-width="2.2"/>')
+    parts.append(f'<text x="{left + width / 2}" y="{top + height + 34}" text-anchor="middle">images seen</text>')
+    return Markup("".join([*parts, "</svg>"]))

@@ -1,0 +1,599 @@
+"""Examines a site's folder: what is there, what is wrong with it, and which form of contribution it is fit for.
+
+It only reads. Its report stays at the site, so it may name files and rows; nothing of it is ever packed.
+"""
+
+import base64
+import logging
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gretfound import fundus, metadata
+
+log = logging.getLogger(__name__)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+FOLDER_NAME = "traindata"
+METADATA_NAME = "metadata.csv"
+MAX_HASH_DISTANCE = 3
+MIN_PHOTOGRAPHS_FOR_POOL = 48
+MAX_PAIRS_SHOWN = 12
+THUMBNAIL_PX = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePolicy:
+    """What a site's folder must hold before a form of contribution makes sense; versioned, stamped on each package.
+
+    Args:
+        name: ``standard`` or ``demonstration``.
+        version: Raised with every change of a number.
+        min_images_to_send: Photographs needed for ``images``.
+        min_patients_to_send: Patients needed for ``images``; 0 where photographs count alone.
+        min_images_to_train: Photographs needed for ``weights`` and ``synthetic``.
+        min_patients_to_train: Patients needed for them; 0 where photographs count alone.
+        min_patients_per_value: A metadata value of fewer patients is not in the summary and in no caption.
+    """
+
+    name: str
+    version: int
+    min_images_to_send: int
+    min_patients_to_send: int
+    min_images_to_train: int
+    min_patients_to_train: int
+    min_patients_per_value: int
+
+    @property
+    def stamp(self) -> str:
+        """The name and version that stand in a package's manifest."""
+        return f"{self.name}/{self.version}"
+
+
+# A generator of few patients remembers them; below 11 patients a count is about people (CMS cell size rule).
+STANDARD = SitePolicy(
+    name="standard",
+    version=1,
+    min_images_to_send=50,
+    min_patients_to_send=50,
+    min_images_to_train=1000,
+    min_patients_to_train=1000,
+    min_patients_per_value=11,
+)
+DEMONSTRATION = SitePolicy(
+    name="demonstration",
+    version=1,
+    min_images_to_send=4,
+    min_patients_to_send=0,
+    min_images_to_train=8,
+    min_patients_to_train=0,
+    min_patients_per_value=2,
+)
+POLICIES = {policy.name: policy for policy in (STANDARD, DEMONSTRATION)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photograph:
+    """One image file; ``fault`` says in words why it cannot be read, and then nothing else is known of it."""
+
+    name: str
+    size_bytes: int
+    fault: str = ""
+    image_id: str = ""
+    width_px: int = 0
+    height_px: int = 0
+    has_field_of_view: bool = False
+    quality: float = 0.0
+    perceptual_hash: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that the data manager should know; an ``is_blocking`` one keeps the folder from every form."""
+
+    headline: str
+    advice: str
+    details: tuple[str, ...] = ()
+    is_blocking: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitness:
+    """Whether the folder is fit for one form, and what it would need."""
+
+    form: str
+    is_fit: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnCount:
+    """How the cells of one metadata column were understood."""
+
+    name: str
+    num_parsed: int
+    num_blank: int
+    num_not_understood: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usable:
+    """A photograph that a contribution takes: readable, listed once, not a copy, not marked as a reject."""
+
+    path: Path
+    image_id: str
+    cells: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """Everything that `examine` found. ``num_patients`` and ``num_eyes`` are None where the columns do not say."""
+
+    folder_path: Path
+    policy: SitePolicy
+    photographs: tuple[Photograph, ...]
+    findings: tuple[Finding, ...]
+    columns: tuple[ColumnCount, ...]
+    fitness: tuple[Fitness, ...]
+    usable: tuple[Usable, ...]
+    near_duplicates: tuple[tuple[str, str], ...]
+    num_exact_duplicates: int
+    num_patients: int | None
+    num_eyes: int | None
+
+    @property
+    def num_readable(self) -> int:
+        """Photographs that decode."""
+        return sum(not photograph.fault for photograph in self.photographs)
+
+    def is_fit_for(self, form: str | None) -> bool:
+        """Tells whether the folder is fit for a form, or for at least one where none is given."""
+        return any(fitness.is_fit for fitness in self.fitness if form in (None, fitness.form))
+
+
+def examine(
+    folder_path: Path,
+    *,
+    policy: SitePolicy,
+    num_processes: int = 0,
+    on_progress: Callable[[int, int], None] = lambda num_done, num_total: None,
+) -> Examination:
+    """Examines a site's folder.
+
+    Args:
+        folder_path: The folder with ``traindata/`` and ``metadata.csv``.
+        policy: The numbers to hold it against.
+        num_processes: Processes that decode; 0 takes one a core.
+        on_progress: Is told how many photographs of how many are done.
+    """
+    findings: list[Finding] = []
+    paths = _image_paths(folder_path, findings)
+    photographs = _measured(folder_path / FOLDER_NAME, paths, num_processes, on_progress)
+    table = _read_table(folder_path, findings)
+    rows = _rows_by_image(table, findings)
+    names = {photograph.name for photograph in photographs}
+    _note_photographs(photographs, findings)
+    _note_rows(rows, names, has_table=table is not None, findings=findings)
+    copies = _exact_duplicates(photographs, findings)
+    near_duplicates = _near_duplicates(photographs)
+    if near_duplicates:
+        findings.append(
+            Finding(
+                headline=f"{len(near_duplicates)} pair(s) of photographs look almost the same",
+                advice="They are kept. If one of a pair is an edited copy of the other, take the copy out.",
+                details=tuple(f"{first}  and  {second}" for first, second in near_duplicates),
+            )
+        )
+    if table is not None:
+        _note_cells(table, findings)
+    usable = tuple(
+        Usable(
+            path=folder_path / FOLDER_NAME / photograph.name,
+            image_id=photograph.image_id,
+            cells=rows[photograph.name],
+        )
+        for photograph in photographs
+        if not photograph.fault
+        and photograph.name not in copies
+        and photograph.name in rows
+        and rows[photograph.name].get("quality") != "reject"
+    )
+    num_rejects = sum(cells.get("quality") == "reject" for cells in rows.values())
+    if num_rejects:
+        findings.append(
+            Finding(
+                headline=f"{num_rejects} photograph(s) are marked as rejects in the column Quality",
+                advice="They are left out of a contribution.",
+            )
+        )
+    num_patients, num_eyes = _people(usable)
+    fitness = _fitness(usable, num_patients, policy, is_blocked=any(finding.is_blocking for finding in findings))
+    return Examination(
+        folder_path=folder_path,
+        policy=policy,
+        photographs=tuple(photographs),
+        findings=tuple(sorted(findings, key=lambda finding: not finding.is_blocking)),
+        columns=_column_counts(table),
+        fitness=fitness,
+        usable=usable,
+        near_duplicates=near_duplicates,
+        num_exact_duplicates=len(copies),
+        num_patients=num_patients,
+        num_eyes=num_eyes,
+    )
+
+
+def _image_paths(folder_path: Path, findings: list[Finding]) -> list[Path]:
+    root = folder_path / FOLDER_NAME
+    if not root.is_dir():
+        findings.append(
+            Finding(
+                headline=f"there is no folder {FOLDER_NAME} in {folder_path}",
+                advice=f"Put the photographs into {folder_path / FOLDER_NAME} and run the check again.",
+                is_blocking=True,
+            )
+        )
+        return []
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    others = [path.relative_to(root).as_posix() for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+    if others:
+        findings.append(
+            Finding(
+                headline=f"{len(others)} file(s) in {FOLDER_NAME} are not photographs in a known format",
+                advice=f"They are left out. Known formats: {', '.join(IMAGE_SUFFIXES)} (upper case is fine).",
+                details=tuple(others),
+            )
+        )
+    if not paths:
+        findings.append(
+            Finding(
+                headline=f"there is no photograph in {FOLDER_NAME}",
+                advice=f"Put photographs ({', '.join(IMAGE_SUFFIXES)}) there and run the check again.",
+                is_blocking=True,
+            )
+        )
+    return paths
+
+
+def _measured(
+    root: Path, paths: Sequence[Path], num_processes: int, on_progress: Callable[[int, int], None]
+) -> list[Photograph]:
+    photographs: list[Photograph] = []
+
+    def collect(measured: Iterable[Photograph]) -> None:
+        for photograph in measured:
+            photographs.append(photograph)
+            on_progress(len(photographs), len(paths))
+
+    tasks = [(root, path) for path in paths]
+    if len(paths) < MIN_PHOTOGRAPHS_FOR_POOL or num_processes == 1:
+        collect(map(_measure, tasks))
+        return photographs
+    num_processes = num_processes or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        collect(pool.map(_measure, tasks, chunksize=8))
+    return photographs
+
+
+def _measure(task: tuple[Path, Path]) -> Photograph:
+    root, path = task
+    name, size_bytes = path.relative_to(root).as_posix(), path.stat().st_size
+    try:
+        image = fundus.decode_photograph(path.read_bytes())
+    except fundus.UnreadablePhotograph as error:
+        return Photograph(name=name, size_bytes=size_bytes, fault=str(error))
+    except OSError as error:
+        return Photograph(name=name, size_bytes=size_bytes, fault=error.strerror or "cannot be opened")
+    field_of_view = fundus.find_field_of_view(image)
+    return Photograph(
+        name=name,
+        size_bytes=size_bytes,
+        image_id=fundus.pixel_digest(image),
+        width_px=image.shape[1],
+        height_px=image.shape[0],
+        has_field_of_view=field_of_view is not None,
+        quality=fundus.quality_score(image, field_of_view),
+        perceptual_hash=fundus.perceptual_hash(image),
+    )
+
+
+def _note_photographs(photographs: Sequence[Photograph], findings: list[Finding]) -> None:
+    faulty = [photograph for photograph in photographs if photograph.fault]
+    if faulty:
+        findings.append(
+            Finding(
+                headline=f"{len(faulty)} photograph(s) cannot be read",
+                advice="They are left out. Export them again from the camera's archive if you want them in.",
+                details=tuple(f"{photograph.name}: {photograph.fault}" for photograph in faulty),
+            )
+        )
+    without = [
+        photograph.name for photograph in photographs if not photograph.fault and not photograph.has_field_of_view
+    ]
+    if without:
+        findings.append(
+            Finding(
+                headline=f"in {len(without)} photograph(s) no round field of view was found",
+                advice="Please look at them: they may be no fundus photographs, or cropped ones.",
+                details=tuple(without),
+            )
+        )
+
+
+def _note_rows(
+    rows: dict[str, dict[str, Any]], names: set[str], *, has_table: bool, findings: list[Finding]
+) -> None:
+    missing = sorted(set(rows) - names)
+    if missing:
+        findings.append(
+            Finding(
+                headline=f"{len(missing)} file(s) named in {METADATA_NAME} are not in {FOLDER_NAME}",
+                advice="Their rows are left out. Check the spelling, also of the ending (.jpg is not .JPG).",
+                details=tuple(missing),
+            )
+        )
+    unlisted = sorted(names - set(rows))
+    if has_table and unlisted:
+        findings.append(
+            Finding(
+                headline=f"{len(unlisted)} photograph(s) have no row in {METADATA_NAME}",
+                advice="They are left out. Add a row with the file's name; all other cells may stay empty.",
+                details=tuple(unlisted),
+            )
+        )
+
+
+def _exact_duplicates(photographs: Sequence[Photograph], findings: list[Finding]) -> set[str]:
+    first_by_id: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    for photograph in photographs:
+        if not photograph.fault:
+            first = first_by_id.setdefault(photograph.image_id, photograph.name)
+            if first != photograph.name:
+                copies[photograph.name] = first
+    if copies:
+        findings.append(
+            Finding(
+                headline=f"{len(copies)} photograph(s) are exact copies of another",
+                advice="Only the first of each is used. Is one patient listed under two numbers?",
+                details=tuple(f"{copy}  is the same picture as  {first}" for copy, first in copies.items()),
+            )
+        )
+    return set(copies)
+
+
+def _near_duplicates(photographs: Sequence[Photograph]) -> tuple[tuple[str, str], ...]:
+    readable = [photograph for photograph in photographs if not photograph.fault]
+    hashes: npt.NDArray[np.uint64] = np.array([photograph.perceptual_hash for photograph in readable], np.uint64)
+    pairs = []
+    for index in range(len(readable)):
+        distances = np.bitwise_count(hashes[index + 1 :] ^ hashes[index])
+        for offset in np.flatnonzero(distances <= MAX_HASH_DISTANCE):
+            first, second = readable[index], readable[index + 1 + int(offset)]
+            if first.image_id != second.image_id:
+                pairs.append((first.name, second.name))
+    return tuple(pairs)
+
+
+def _read_table(folder_path: Path, findings: list[Finding]) -> metadata.MetadataTable | None:
+    path = folder_path / METADATA_NAME
+    if not path.is_file():
+        findings.append(
+            Finding(
+                headline=f"there is no {METADATA_NAME} in {folder_path}",
+                advice="Put one there: the first line names the columns, then one line a photograph. Only the column "
+                "Image is required.",
+                is_blocking=True,
+            )
+        )
+        return None
+    try:
+        table = metadata.read_metadata(path)
+    except ValueError as error:
+        findings.append(
+            Finding(
+                headline=f"{METADATA_NAME} cannot be read: {error}",
+                advice="Save it as CSV (comma or semicolon, UTF-8) with a column Image.",
+                is_blocking=True,
+            )
+        )
+        return None
+    if not table.rows:
+        findings.append(
+            Finding(
+                headline=f"{METADATA_NAME} is empty: it lists no photograph",
+                advice="Add one line for each photograph, with its file name in the column Image.",
+                is_blocking=True,
+            )
+        )
+    return table
+
+
+def _rows_by_image(
+    table: metadata.MetadataTable | None, findings: list[Finding]
+) -> dict[str, dict[str, Any]]:
+    if table is None:
+        return {}
+    counts = Counter(row.image for row in table.rows)
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    if repeated:
+        findings.append(
+            Finding(
+                headline=f"{len(repeated)} photograph(s) have more than one row in {METADATA_NAME}",
+                advice="The first row is used. Take the others out if the first is not the right one.",
+                details=tuple(repeated),
+            )
+        )
+    rows: dict[str, dict[str, Any]] = {}
+    for row in table.rows:
+        rows.setdefault(row.image, dict(row.cells))
+    return rows
+
+
+def _note_cells(table: metadata.MetadataTable, findings: list[Finding]) -> None:
+    if table.unknown_columns:
+        findings.append(
+            Finding(
+                headline=f"{len(table.unknown_columns)} column(s) are not in the dictionary",
+                advice="They are ignored and never leave. `gretfound-site columns` lists the known ones.",
+                details=tuple(table.unknown_columns),
+            )
+        )
+    if table.problems:
+        findings.append(
+            Finding(
+                headline=f"{len(table.problems)} cell(s) were not understood",
+                advice="They count as blank. Correct them if you want them used.",
+                details=tuple(_problem_in_words(problem) for problem in table.problems),
+            )
+        )
+
+
+def _problem_in_words(problem: metadata.Problem) -> str:
+    suggestion = f"; did you mean {problem.suggestion!r}?" if problem.suggestion else ""
+    return f"line {problem.row}, column {problem.column}: {problem.value!r}: {problem.reason}{suggestion}"
+
+
+def _people(usable: Sequence[Usable]) -> tuple[int | None, int | None]:
+    patients = {photograph.cells.get("patient") for photograph in usable}
+    if not usable or None in patients:
+        return None, None
+    eyes = {(photograph.cells["patient"], photograph.cells.get("eye")) for photograph in usable}
+    return len(patients), None if any(eye is None for _, eye in eyes) else len(eyes)
+
+
+def _fitness(
+    usable: Sequence[Usable], num_patients: int | None, policy: SitePolicy, *, is_blocked: bool
+) -> tuple[Fitness, ...]:
+    needs = {
+        "weights": (policy.min_images_to_train, policy.min_patients_to_train),
+        "images": (policy.min_images_to_send, policy.min_patients_to_send),
+        "synthetic": (policy.min_images_to_train, policy.min_patients_to_train),
+    }
+    verdicts = []
+    for form, (min_images, min_patients) in needs.items():
+        faults = []
+        if is_blocked:
+            faults.append("Something essential is missing; see below.")
+        elif len(usable) < min_images:
+            faults.append(f"Found {len(usable):,} usable photographs; needs {min_images:,}.")
+        elif min_patients and num_patients is None:
+            faults.append(f"Needs {min_patients:,} patients; the column Patient does not say how many there are.")
+        elif num_patients is not None and num_patients < min_patients:
+            faults.append(f"Found {num_patients:,} patients; needs {min_patients:,}.")
+        people = f" of {num_patients:,} patients" if num_patients is not None else ""
+        reason = " ".join(faults) or f"{len(usable):,} photographs{people} can be used."
+        verdicts.append(Fitness(form=form, is_fit=not faults, reason=reason))
+    return tuple(verdicts)
+
+
+FORM_WORDS = {
+    "weights": "A generator learns here; only its numbers and counts leave.",
+    "images": "De-identified photographs and their metadata leave.",
+    "synthetic": "A generator learns here; photographs that it draws leave.",
+}
+
+
+def to_text(examination: Examination, *, max_details: int = 10) -> str:
+    """Returns the report for a terminal.
+
+    Args:
+        examination: What `examine` found.
+        max_details: Files or rows listed under each finding; the HTML page lists all.
+    """
+    lines = [f"Check of {examination.folder_path}   (policy {examination.policy.stamp})"]
+    if examination.policy.name != STANDARD.name:
+        lines.append(
+            "This policy has lower numbers, for trying things out; a hub that runs the standard policy refuses it."
+        )
+    lines.append("")
+    for fitness in examination.fitness:
+        lines.append(f"  {fitness.form:<10} {'FIT' if fitness.is_fit else 'NOT FIT':<8} {fitness.reason}")
+    lines += ["", "What was found"]
+    lines += [f"  {value:>10}  {label}" for label, value in _numbers(examination)]
+    for title, bars in _charts(examination):
+        lines += ["", title, *(f"  {label:<16} {count:>6}  {'#' * round(share * 40)}" for label, count, share in bars)]
+    if examination.columns:
+        lines += ["", f"Metadata {'understood':>18} {'blank':>7} {'not understood':>15}"]
+        lines += [
+            f"  {column.name:<17} {column.num_parsed:>7} {column.num_blank:>7} {column.num_not_understood:>15}"
+            for column in examination.columns
+        ]
+    lines += ["", "Please look at" if examination.findings else "Nothing needs your attention."]
+    for index, finding in enumerate(examination.findings, start=1):
+        lines += [f"  {index}. {finding.headline[0].upper()}{finding.headline[1:]}.", f"     {finding.advice}"]
+        lines += [f"       - {detail}" for detail in finding.details[:max_details]]
+        if len(finding.details) > max_details:
+            lines.append(f"       ... and {len(finding.details) - max_details} more; --html FILE lists all")
+    return "\n".join(lines) + "\n"
+
+
+def to_html(examination: Examination) -> str:
+    """Returns the report as one self-contained page, with the pictures of the most similar pairs."""
+    import jinja2  # here, as the terminal report and --help need no template
+
+    template = (Path(__file__).parent / "site_report.html").read_text()
+    pairs = examination.near_duplicates[:MAX_PAIRS_SHOWN]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template).render(
+        folder=str(examination.folder_path),
+        policy=examination.policy,
+        forms=examination.fitness,
+        form_words=FORM_WORDS,
+        numbers=_numbers(examination),
+        findings=examination.findings,
+        pairs=[[_side(examination.folder_path, name) for name in pair] for pair in pairs],
+        num_pairs_hidden=len(examination.near_duplicates) - len(pairs),
+        charts=[
+            (title, [{"label": label, "count": count, "percent": round(100 * share, 1)} for label, count, share in bars])
+            for title, bars in _charts(examination)
+        ],
+        columns=examination.columns,
+    )
+
+
+def _numbers(examination: Examination) -> list[tuple[str, str]]:
+    def shown(count: int | None) -> str:
+        return "not stated" if count is None else f"{count:,}"
+
+    readable = [photograph for photograph in examination.photographs if not photograph.fault]
+    return [
+        ("photographs found", shown(len(examination.photographs))),
+        ("readable", shown(len(readable))),
+        ("with a field of view", shown(sum(photograph.has_field_of_view for photograph in readable))),
+        ("exact copies", shown(examination.num_exact_duplicates)),
+        ("usable", shown(len(examination.usable))),
+        ("patients", shown(examination.num_patients)),
+        ("eyes", shown(examination.num_eyes)),
+    ]
+
+
+def _charts(examination: Examination) -> list[tuple[str, list[tuple[str, int, float]]]]:
+    readable = [photograph for photograph in examination.photographs if not photograph.fault]
+    if not readable:
+        return []
+    sizes = Counter(f"{photograph.width_px} x {photograph.height_px}" for photograph in readable)
+    common = sizes.most_common(6)
+    rest = len(readable) - sum(count for _, count in common)
+    bars = [*common, *([("other sizes", rest)] if rest else [])]
+    quality = Counter(min(4, int(photograph.quality * 5)) for photograph in readable)
+    bands = [(f"{band / 5:.1f} to {(band + 1) / 5:.1f}", quality[band]) for band in range(5)]
+    return [
+        ("Size in pixels", [(label, count, count / len(readable)) for label, count in bars]),
+        ("Technical quality (0 to 1)", [(label, count, count / len(readable)) for label, count in bands]),
+    ]
+
+
+def _side(folder_path: Path, name: str) -> dict[str, str]:
+    image = fundus.decode_photograph((folder_path / FOLDER_NAME / name).read_bytes())
+    step = max(1, min(image.shape[:2]) // THUMBNAIL_PX)
+    small = np.ascontiguousarray(image[::step, ::step])
+    return {"name": name, "jpeg": base64.b64encode(fundus.encode_jpeg(small, quality=85)).decode()}

@@ -1,0 +1,1 @@
+"""Generators: latent diffusion pipelines that draw a site's colour fundus photographs."""

@@ -1,0 +1,140 @@
+"""The denoising objective of latent diffusion, on latents and captions that were encoded once.
+
+Everything random in a step (time, noise, which captions are dropped) is a function of the seed and an image's position
+in the run, so it depends neither on the batch size nor on the number of workers, and a resumed run repeats it.
+
+Shapes: B images, C latent channels, H and W latent rows and columns, N captions, L tokens, D text width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GOLDEN_RATIO = 0.6180339887498949
+_SEED_STRIDE = 1_000_003
+
+
+class EncodedCaptions(nn.Module):
+    """Captions whose embeddings stay as they are; the last one is the empty caption.
+
+    Args:
+        text_NLD: Embeddings, the empty caption's last.
+    """
+
+    def __init__(self, text_NLD: Tensor) -> None:
+        super().__init__()
+        self.text_NLD: Tensor
+        self.register_buffer("text_NLD", text_NLD, persistent=False)
+
+    def forward(self, caption_B: Tensor) -> Tensor:
+        """Returns the embeddings (B, L, D) of captions by number; -1 is the empty one."""
+        return self.text_NLD[caption_B]
+
+
+class TrainableCaptions(nn.Module):
+    """Captions that a text encoder embeds anew in every step, because it learns; the last one is the empty caption.
+
+    Args:
+        text_encoder: A CLIP text encoder.
+        ids_NL: Token ids, the empty caption's last.
+    """
+
+    def __init__(self, text_encoder: nn.Module, ids_NL: Tensor) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.ids_NL: Tensor
+        self.register_buffer("ids_NL", ids_NL, persistent=False)
+
+    def forward(self, caption_B: Tensor) -> Tensor:
+        """Returns the embeddings (B, L, D) of captions by number; -1 is the empty one."""
+        text_BLD: Tensor = self.text_encoder(self.ids_NL[caption_B]).last_hidden_state
+        return text_BLD
+
+
+class DenoisingObjective(nn.Module):
+    """Mean squared error of the UNet's prediction of the noise (or the velocity) in noised latents.
+
+    Source: Ho et al. 2020, eq. 14; velocity: Salimans and Ho 2022, appendix D; weights: Hang et al. 2023 (min-SNR),
+    eq. 8; dropped captions: Ho and Salimans 2022, algorithm 1.
+
+    Args:
+        unet: Denoiser; called as diffusers calls a `UNet2DConditionModel`.
+        scheduler: Holds `alphas_cumprod` and whether noise (``epsilon``) or velocity (``v_prediction``) is predicted.
+        captions: `EncodedCaptions` or `TrainableCaptions`.
+        caption_dropout: Share of images that see the empty caption, for classifier-free guidance.
+        min_snr_gamma: Largest signal-to-noise ratio that weighs as such; None weighs all times alike.
+        seed: Seeds times, noise and dropped captions.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: nn.Module,
+        scheduler: Any,
+        captions: EncodedCaptions | TrainableCaptions,
+        caption_dropout: float = 0.1,
+        min_snr_gamma: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= caption_dropout < 1:
+            raise ValueError(f"found caption_dropout={caption_dropout}; required 0 to below 1")
+        self.unet, self.captions = unet, captions
+        self._prediction = str(scheduler.config.prediction_type)
+        if self._prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"found a scheduler that predicts {self._prediction!r}; required epsilon or v_prediction")
+        self._caption_dropout, self._min_snr_gamma, self._seed = caption_dropout, min_snr_gamma, seed
+        self.alphas_T: Tensor
+        self.register_buffer("alphas_T", scheduler.alphas_cumprod.clone().float(), persistent=False)
+
+    def forward(self, latents_BCHW: Tensor, caption_B: Tensor, position_B: Tensor) -> Tensor:
+        """Returns the loss.
+
+        Args:
+            latents_BCHW: Scaled clean latents.
+            caption_B: Number of each image's caption.
+            position_B: Each image's position in the run, from 0.
+        """
+        share_B, kept_B, noise_BCHW = draw_noise(self._seed, position_B, latents_BCHW.shape[1:])
+        num_times = len(self.alphas_T)
+        time_B = (share_B * num_times).long().clamp(max=num_times - 1).to(latents_BCHW.device)
+        noise_BCHW = noise_BCHW.to(latents_BCHW)
+        is_dropped_B = (kept_B < self._caption_dropout).to(caption_B.device)
+        text_BLD = self.captions(torch.where(is_dropped_B, -1, caption_B))
+        alpha_B111 = self.alphas_T[time_B].view(-1, 1, 1, 1)
+        noised_BCHW = alpha_B111.sqrt() * latents_BCHW + (1 - alpha_B111).sqrt() * noise_BCHW
+        is_velocity = self._prediction == "v_prediction"
+        target_BCHW = (
+            alpha_B111.sqrt() * noise_BCHW - (1 - alpha_B111).sqrt() * latents_BCHW if is_velocity else noise_BCHW
+        )
+        dtype = next(self.unet.parameters()).dtype
+        predicted_BCHW = self.unet(
+            noised_BCHW.to(dtype), time_B, encoder_hidden_states=text_BLD.to(dtype), return_dict=False
+        )[0]
+        error_B = (predicted_BCHW.float() - target_BCHW.float()).square().mean(dim=(1, 2, 3))
+        if self._min_snr_gamma is not None:
+            snr_B = alpha_B111.flatten() / (1 - alpha_B111.flatten())
+            error_B = error_B * snr_B.clamp(max=self._min_snr_gamma) / (snr_B + 1 if is_velocity else snr_B)
+        return error_B.mean()
+
+
+def draw_noise(seed: int, position_B: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws each image's randomness from the seed and its position alone.
+
+    Times are an additive recurrence, which covers [0, 1) more evenly than independent draws.
+
+    Source: the low-discrepancy times of Kingma et al. 2021 (variational diffusion models), appendix I.1.
+
+    Returns:
+        Shares of the time axis in [0, 1), shape (B,); uniform draws in [0, 1), shape (B,); normal noise (B, *shape).
+    """
+    offset = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+    noise, uniform = [], []
+    positions = position_B.tolist()
+    for position in positions:
+        generator = torch.Generator().manual_seed((seed * _SEED_STRIDE + position + 1) % 2**63)
+        uniform.append(torch.rand((), generator=generator))
+        noise.append(torch.randn(shape, generator=generator))
+    share_B = torch.tensor([(offset + position * GOLDEN_RATIO) % 1.0 for position in positions])
+    return share_B, torch.stack(uniform), torch.stack(noise)

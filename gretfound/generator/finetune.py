@@ -1,0 +1,299 @@
+"""Fine-tuning a generator on one site's photographs: the same code at the site and in a worker at the hub.
+
+Photographs are cropped to their field of view and encoded once, as they are and mirrored, together with their captions;
+the training then reads latents only. The result is an adapter (`gretfound.generator.pipeline`).
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from gretfound import fit, fundus, lineage, metadata, storage
+from gretfound.errors import ConfigError
+from gretfound.generator import autoencoding, denoising, pipeline
+
+log = logging.getLogger(__name__)
+Method = Literal["lora", "full"]
+Pixels = npt.NDArray[np.uint8]
+ENCODE_BATCH = 16
+CAPTION_BATCH = 64
+_OTHER_EYE = {"left": "right", "right": "left"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPhotographs:
+    """Photographs as the training reads them: view 0 as they are, view 1 mirrored.
+
+    ``latents_VNchw`` are scaled; ``caption_VN`` counts in ``captions``, which lists each caption once.
+    """
+
+    latents_VNchw: Tensor
+    caption_VN: Tensor
+    captions: tuple[str, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Photographs, not counting views."""
+        return self.latents_VNchw.shape[1]
+
+
+def finetune_locally(
+    *,
+    base_path: Path,
+    shard_path: Path,
+    work_path: Path,
+    num_images_seen: int,
+    batch_size: int,
+    learning_rate: float,
+    method: Method = "lora",
+    lora_rank: int = 8,
+    resolution_px: int | None = None,
+    warmup_images: int = 0,
+    weight_decay: float = 0.01,
+    caption_dropout: float = 0.1,
+    min_snr_gamma: float | None = 5.0,
+    seed: int = 0,
+    precision: fit.Precision = "float32",
+    zero_stage: int | None = None,
+    device: str = "cpu",
+    checkpoints: fit.Checkpoints | None = None,
+    checkpoint_every_images: int = 0,
+    on_progress: Callable[[fit.Progress], None] | None = None,
+) -> Path:
+    """Fine-tunes a base pipeline's UNet on a site's photographs; called again, it continues or returns at once.
+
+    Args:
+        base_path: A trusted diffusers folder.
+        shard_path: A local Parquet shard file, or a folder of them.
+        work_path: Where checkpoints and the result lie; runs with other arguments do not disturb each other.
+        num_images_seen: Photographs to train on, counting each time that one is seen.
+        batch_size: Photographs a step, over all workers.
+        learning_rate: Peak of the cosine schedule.
+        method: ``lora`` trains low-rank factors, ``full`` the whole UNet.
+        lora_rank: Rank of the factors.
+        resolution_px: Side of the squares that photographs are resized to; None takes the base's own.
+        warmup_images: Images over which the learning rate rises.
+        weight_decay: AdamW's.
+        caption_dropout: Share of images that see the empty caption.
+        min_snr_gamma: See `denoising.DenoisingObjective`.
+        seed: Seeds the factors, the order, the noise.
+        precision: ``float32`` or ``bfloat16``.
+        zero_stage: DeepSpeed ZeRO stage 0 to 2 in a Ray Train worker; None is plain PyTorch.
+        device: ``cpu`` or ``cuda``.
+        checkpoints: Where state is kept; None keeps it below ``work_path``.
+        checkpoint_every_images: Distance between checkpoints; 0 saves at the end only.
+        on_progress: Told about progress, for a bar or a tracker.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        ConfigError: If no photograph can be read, or the arguments do not fit the base.
+        NonFiniteLoss: If training diverges.
+    """
+    if method not in ("lora", "full"):
+        raise ConfigError(f"found method={method!r}; required 'lora' or 'full'")
+    if zero_stage is not None and zero_stage > 2:
+        raise ConfigError(f"found zero_stage={zero_stage}; a generator's UNet is trained with stage 0 to 2, or none")
+    base_sha256 = pipeline.unet_sha256(base_path)
+    shards = sorted(shard_path.glob("*.parquet")) if shard_path.is_dir() else [shard_path]
+    request = lineage.digest_of(
+        [base_sha256, [storage.sha256_of(shard) for shard in shards], num_images_seen, batch_size, learning_rate,
+         method, lora_rank, resolution_px, warmup_images, weight_decay, caption_dropout, min_snr_gamma, seed, precision]
+    )  # fmt: skip
+    run_path = work_path / f"finetune-{request[:16]}"
+    adapter_path = run_path / "adapter"
+    if adapter_path.is_dir():
+        return adapter_path
+    base = pipeline.load_pipeline(base_path, device=device)
+    side_px = resolution_px if resolution_px is not None else native_px(base)
+    photographs = encode_photographs(base, read_photographs(shards), resolution_px=side_px)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if method == "lora":
+            pipeline.add_lora(base.unet, rank=lora_rank, alpha=lora_rank)
+        else:
+            base.unet.requires_grad_(True)
+    objective = denoising.DenoisingObjective(
+        unet=base.unet,
+        scheduler=base.scheduler,
+        captions=denoising.EncodedCaptions(encode_captions(base, photographs.captions)),
+        caption_dropout=caption_dropout,
+        min_snr_gamma=min_snr_gamma,
+        seed=seed,
+    )
+    summary = fit.train(
+        objective,
+        latent_batches(photographs, batch_size=batch_size, seed=seed),
+        num_images=num_images_seen,
+        batch_size=batch_size,
+        peak_lr=learning_rate,
+        warmup_images=warmup_images,
+        weight_decay=weight_decay,
+        betas=(0.9, 0.99),
+        clip_norm=1.0,
+        seed=seed,
+        precision=precision,
+        zero_stage=zero_stage,
+        device=device,
+        checkpoints=checkpoints or fit.LocalCheckpoints(run_path / "checkpoints"),
+        checkpoint_every_images=checkpoint_every_images,
+        on_progress=on_progress,
+    )
+    terms = pipeline.AdapterTerms(
+        method=method,
+        rank=lora_rank if method == "lora" else 0,
+        alpha=float(lora_rank) if method == "lora" else 0.0,
+        target_modules=pipeline.TARGET_MODULES if method == "lora" else (),
+        base_sha256=base_sha256,
+        resolution_px=side_px,
+        num_images=photographs.num_images,
+        images_seen=summary.images_seen,
+        final_loss=summary.final_loss,
+    )
+    return pipeline.save_adapter(base.unet, adapter_path, terms)
+
+
+def native_px(base: StableDiffusionPipeline) -> int:
+    """Returns the side of the photographs that a pipeline was trained on."""
+    return int(base.unet.config.sample_size * base.vae_scale_factor)
+
+
+def read_photographs(shards: Sequence[Path]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields the image bytes and the known metadata cells of every row of local Parquet shards."""
+    names = [field.name for field in metadata.ARROW_FIELDS]
+    for shard in shards:
+        with pq.ParquetFile(shard) as parquet:
+            for block in parquet.iter_batches(batch_size=ENCODE_BATCH, columns=["image", *names]):
+                for row in block.to_pylist():
+                    cells = {name: row[name] for name in names if row[name] is not None}
+                    yield row["image"], cells
+
+
+def square(encoded: bytes, resolution_px: int) -> Pixels:
+    """Decodes a photograph, crops it to its field of view and resizes it.
+
+    Returns:
+        Pixels of shape (resolution_px, resolution_px, 3).
+
+    Raises:
+        fundus.UnreadablePhotograph: If it cannot be decoded.
+    """
+    image = fundus.decode_photograph(encoded)
+    field_of_view = fundus.find_field_of_view(image)
+    cropped = image if field_of_view is None else fundus.crop_to_field_of_view(image, field_of_view)
+    picture = Image.fromarray(cropped).resize((resolution_px, resolution_px), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
+def as_tensor(photographs: Sequence[Pixels]) -> Tensor:
+    """Returns photographs of one size as RGB in [-1, 1], shape (B, 3, H, W)."""
+    return torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def encode_photographs(
+    base: StableDiffusionPipeline, photographs: Iterable[tuple[bytes, Mapping[str, Any]]], *, resolution_px: int
+) -> EncodedPhotographs:
+    """Encodes photographs and their mirror images once; the mirror image of a right eye is captioned as a left one.
+
+    Args:
+        base: Its VAE encodes.
+        photographs: Encoded image and metadata cells of each; the unreadable ones are counted and left out.
+        resolution_px: Side of the squares.
+
+    Raises:
+        ConfigError: If none is readable, or the side does not fit the networks.
+    """
+    deepest = base.vae_scale_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
+    if resolution_px % deepest:
+        raise ConfigError(f"resolution_px={resolution_px} must be a multiple of {deepest} for this base")
+    numbers: dict[str, int] = {}
+    latents: tuple[list[Tensor], list[Tensor]] = ([], [])
+    captions: tuple[list[int], list[int]] = ([], [])
+    num_unreadable = 0
+    squares: list[Pixels] = []
+
+    def encode() -> None:
+        pixels_BCHW = as_tensor(squares)
+        for view, views_BCHW in enumerate((pixels_BCHW, pixels_BCHW.flip(-1))):
+            latents[view].append(autoencoding.encode_photographs(base.vae, views_BCHW))
+        squares.clear()
+
+    for encoded, cells in photographs:
+        try:
+            squares.append(square(encoded, resolution_px))
+        except fundus.UnreadablePhotograph:
+            num_unreadable += 1
+            continue
+        mirrored = {**cells, "eye": _OTHER_EYE[cells["eye"]]} if cells.get("eye") in _OTHER_EYE else cells
+        for view, shown in enumerate((cells, mirrored)):
+            captions[view].append(numbers.setdefault(metadata.caption(shown), len(numbers)))
+        if len(squares) == ENCODE_BATCH:
+            encode()
+    if squares:
+        encode()
+    if num_unreadable:
+        log.warning("%d photograph(s) could not be read and are left out", num_unreadable)
+    if not latents[0]:
+        raise ConfigError(f"found no readable photograph ({num_unreadable} unreadable); required at least one")
+    return EncodedPhotographs(
+        latents_VNchw=torch.stack([torch.cat(view) for view in latents]).clone(),
+        caption_VN=torch.tensor(captions),
+        captions=tuple(numbers),
+    )
+
+
+@torch.inference_mode()
+def encode_captions(base: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
+    """Returns the embeddings of captions and, last, of the empty caption, on the CPU."""
+    ids_NL = pipeline.caption_ids(base.tokenizer, [*captions, ""])
+    encoder = base.text_encoder
+    blocks = [encoder(block.to(encoder.device)).last_hidden_state.cpu() for block in ids_NL.split(CAPTION_BATCH)]
+    return torch.cat(blocks).clone()
+
+
+def latent_batches(
+    photographs: EncodedPhotographs, *, batch_size: int, seed: int
+) -> Callable[[int], Iterator[dict[str, Tensor]]]:
+    """Returns a stream of batches that is a pure function of the position in the run.
+
+    Every epoch is a permutation, each image is mirrored or not by a fair coin of its position; with several workers
+    each takes every n-th image of a step.
+    """
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    worker, num_workers = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
+
+    def stream(images_seen: int) -> Iterator[dict[str, Tensor]]:
+        for first in itertools.count(images_seen, batch_size):
+            position_B = torch.arange(first + worker, first + batch_size, num_workers)
+            photograph_B, view_B = _order(position_B, num_images=photographs.num_images, seed=seed)
+            yield {
+                "latents_BCHW": photographs.latents_VNchw[view_B, photograph_B],
+                "caption_B": photographs.caption_VN[view_B, photograph_B],
+                "position_B": position_B,
+            }
+
+    return stream
+
+
+def _order(position_B: Tensor, *, num_images: int, seed: int) -> tuple[Tensor, Tensor]:
+    photographs, views = [], []
+    epoch_order: dict[int, npt.NDArray[np.int64]] = {}
+    for position in position_B.tolist():
+        epoch, index = divmod(position, num_images)
+        if epoch not in epoch_order:
+            epoch_order[epoch] = np.random.default_rng([seed, 1, epoch]).permutation(num_images)
+        photographs.append(int(epoch_order[epoch][index]))
+        views.append(int(np.random.default_rng([seed, 2, position]).integers(2)))
+    return torch.tensor(photographs), torch.tensor(views)

@@ -1,0 +1,468 @@
+"""Diffusers pipeline folders: building a small one, loading a trusted one, and adapters that a site may contribute.
+
+An adapter is tensors and a few numbers, never code: `adapter.safetensors` beside
+`adapter_config.json`. It is held against
+what the trusted pipeline implies, key by key, and merged into a copy of that pipeline. Contributed folders are never
+given to `from_pretrained`.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from gretfound import storage
+from gretfound.errors import ConfigError, ContributionRejected, LineageError, StorageError
+from gretfound.lineage import Generator
+
+log = logging.getLogger(__name__)
+ADAPTER_TENSORS = "adapter.safetensors"
+ADAPTER_TERMS = "adapter_config.json"
+TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut")
+MAX_RANK = 1024
+_COMPONENT_LIBRARIES = ("diffusers", "transformers")
+_TOKEN_START, _TOKEN_END = "<|startoftext|>", "<|endoftext|>"
+
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTerms:
+    """What an adapter says about itself; everything else follows from the base.
+
+    ``method`` is ``lora`` (low-rank factors) or ``full`` (every tensor of the UNet); ``base_sha256`` is the digest of
+    the UNet weights that it was trained from.
+    """
+
+    method: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    base_sha256: str
+    resolution_px: int
+    num_images: int
+    images_seen: int
+    final_loss: float
+
+
+def build_pipeline(
+    *,
+    resolution_px: int,
+    latent_channels: int,
+    vae_channels: Sequence[int],
+    unet_channels: Sequence[int],
+    unet_layers: int,
+    text_width: int,
+    text_layers: int,
+    max_tokens: int,
+    vocabulary: Sequence[str],
+    seed: int,
+) -> StableDiffusionPipeline:
+    """Builds an untrained text-to-image pipeline of the Stable Diffusion kind.
+
+    Args:
+        resolution_px: Side of the square photographs.
+        latent_channels: Channels of the latents.
+        vae_channels: Channels of the VAE from fine to coarse; each step but the first halves the side.
+        unet_channels: Channels of the UNet from fine to coarse; cross-attention sits at every resolution.
+        unet_layers: Residual blocks at each resolution of the UNet.
+        text_width: Width of the text encoder and of the cross-attention.
+        text_layers: Transformer layers of the text encoder.
+        max_tokens: Length that captions are padded or cut to.
+        vocabulary: Words that become one token each; anything else is spelled out in shorter pieces.
+        seed: Seeds the initial weights.
+
+    Raises:
+        ConfigError: If the sizes do not fit together.
+    """
+    shrink = 2 ** (len(vae_channels) - 1)
+    deepest = shrink * 2 ** (len(unet_channels) - 1)
+    if resolution_px % deepest:
+        raise ConfigError(
+            f"resolution_px={resolution_px} must be a multiple of {deepest}: vae_channels and unet_channels halve the "
+            f"side {len(vae_channels) - 1} and {len(unet_channels) - 1} times"
+        )
+    odd = [width for width in [*vae_channels, *unet_channels, text_width] if width % 8]
+    if odd:
+        raise ConfigError(f"vae_channels, unet_channels and text_width must be multiples of 8; found {odd}")
+    tokenizer = build_tokenizer(vocabulary, max_tokens=max_tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=latent_channels,
+            block_out_channels=tuple(vae_channels),
+            down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
+            up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=resolution_px,
+            mid_block_add_attention=False,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=resolution_px // shrink,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            block_out_channels=tuple(unet_channels),
+            down_block_types=("CrossAttnDownBlock2D",) * len(unet_channels),
+            up_block_types=("CrossAttnUpBlock2D",) * len(unet_channels),
+            layers_per_block=unet_layers,
+            cross_attention_dim=text_width,
+            attention_head_dim=max(width // 32 for width in unet_channels) or 1,
+            norm_num_groups=8,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=text_width,
+                intermediate_size=2 * text_width,
+                projection_dim=text_width,
+                num_hidden_layers=text_layers,
+                num_attention_heads=max(1, text_width // 32),
+                max_position_embeddings=max_tokens,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_tokenizer(vocabulary: Sequence[str], *, max_tokens: int) -> CLIPTokenizer:
+    """Builds CLIP's byte-pair tokenizer whose merges make each word of ``vocabulary`` one token.
+
+    Source: Sennrich et al. 2016, algorithm 1, run until no word is in more than one piece.
+
+    Args:
+        vocabulary: Words; case is ignored, and what is no letter is left out, as CLIP splits there.
+        max_tokens: Length that captions are padded or cut to, with the start and end marks.
+    """
+    words = sorted({part.lower() for word in vocabulary for part in _letters(word)})
+    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words if word.isascii()}
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs = Counter(pair for parts in pieces.values() for pair in zip(parts, parts[1:], strict=False))
+        if not pairs:
+            break
+        merge = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(merge)
+        pieces = {word: _merged(parts, merge) for word, parts in pieces.items()}
+    alphabet = _byte_alphabet()
+    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges)]
+    tokens = list(dict.fromkeys([*symbols, _TOKEN_START, _TOKEN_END]))
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=merges,
+        bos_token=_TOKEN_START,
+        eos_token=_TOKEN_END,
+        unk_token=_TOKEN_END,
+        pad_token=_TOKEN_END,
+        model_max_length=max_tokens,
+    )
+
+
+def _letters(word: str) -> list[str]:
+    return "".join(letter if letter.isalpha() else " " for letter in word).split()
+
+
+def _merged(parts: list[str], merge: tuple[str, str]) -> list[str]:
+    result: list[str] = []
+    for part in parts:
+        if result and (result[-1], part) == merge:
+            result[-1] += part
+        else:
+            result.append(part)
+    return result
+
+
+def _byte_alphabet() -> list[str]:
+    # GPT-2's printable stand-ins for the 256 bytes (openai/gpt-2, src/encoder.py, bytes_to_unicode).
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+
+
+def caption_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Returns the token ids of captions, padded and cut to the tokenizer's length; cut captions are logged.
+
+    Returns:
+        Integers of shape (len(captions), max tokens).
+    """
+    num_cut = sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(list(captions), verbose=False).input_ids)
+    if num_cut:
+        log.warning("%d of %d captions are longer than %d tokens and are cut", num_cut, len(captions),
+                    tokenizer.model_max_length)  # fmt: skip
+    encoded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+    ids_BL: Tensor = encoded.input_ids
+    return ids_BL
+
+
+def save_pipeline(pipeline: StableDiffusionPipeline, path: Path) -> Path:
+    """Writes a diffusers folder; one that is cut short is never seen under ``path``."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial, safe_serialization=True)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    return path
+
+
+def load_pipeline(
+    path: Path,
+    *,
+    adapter_path: Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> StableDiffusionPipeline:
+    """Loads a trusted diffusers folder from a local disk, without network or code from the folder.
+
+    Args:
+        path: The folder; `fetch_base` brings one here.
+        adapter_path: An adapter's folder to merge into the UNet.
+        device: Torch device.
+        dtype: Floating-point type of all networks.
+
+    Raises:
+        StorageError: If the folder is no pipeline that this room supports; names the component.
+        ContributionRejected: If the adapter does not fit.
+    """
+    _check_components(path)
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            dtype=dtype,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StorageError(f"the pipeline folder {path} could not be loaded: {error}") from error
+    if adapter_path is not None:
+        _merge_adapter(pipeline.unet, adapter_path, base_sha256=unet_sha256(path))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.eval()
+    pipeline.vae.eval()
+    pipeline.text_encoder.eval()
+    return pipeline.to(device)
+
+
+def _check_components(path: Path) -> None:
+    try:
+        index = json.loads((path / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} is no diffusers pipeline folder: model_index.json: {error}") from error
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise StorageError(
+            f"found a {index.get('_class_name')!r} in {path}; supported: 'StableDiffusionPipeline' "
+            "(text encoder, VAE and UNet)"
+        )
+    for component, kind in index.items():
+        if isinstance(kind, list) and kind[0] is not None and kind[0] not in _COMPONENT_LIBRARIES:
+            # Stable Diffusion 1.x names its safety checker so; it is not loaded.
+            if component == "safety_checker":
+                continue
+            raise StorageError(f"the component {component!r} in {path} comes from {kind[0]!r}, which is not loaded")
+
+
+def fetch_base(base: str, *, hub_uri: str | None, folder_path: Path) -> Path:
+    """Brings a trusted base pipeline to the local disk.
+
+    Args:
+        base: A generator's record id in the hub; ``hf://ORG/NAME``, which is downloaded from the Hugging Face hub; an
+            object-store URI of a pipeline folder; or a local folder, which is used where it is.
+        hub_uri: The hub, for a record id.
+        folder_path: Where downloads go.
+
+    Raises:
+        ConfigError: If a record id is given without a hub.
+        StorageError: If the folder is absent or empty.
+    """
+    scheme, separator, rest = base.partition("://")
+    if separator and scheme == "hf":
+        return Path(diffusers.DiffusionPipeline.download(rest, use_safetensors=True, safety_checker=None))
+    if base.startswith(f"{Generator.kind}-"):
+        if hub_uri is None:
+            raise ConfigError(f"the base {base!r} is a record id, which needs the hub's URI")
+        return storage.fetch_folder(hub_uri, storage.read_record(hub_uri, base, Generator), folder_path / base)
+    local_path = storage.local_path(base)
+    if local_path is not None:
+        if not (local_path / "model_index.json").is_file():
+            raise StorageError(f"{local_path} is no diffusers pipeline folder: it holds no model_index.json")
+        return local_path
+    uris = storage.list_uris(base)
+    if not uris:
+        raise StorageError(f"{base} holds no objects; required a diffusers pipeline folder")
+    for uri in uris:
+        relative = uri.removeprefix(base.rstrip("/")).lstrip("/")
+        storage.download_file(uri, folder_path / relative)
+    return folder_path
+
+
+def unet_sha256(path: Path) -> str:
+    """Returns the digest of the UNet's weights in a pipeline folder: what an adapter is bound to."""
+    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise StorageError(f"{path} holds no unet/{weights.name}; save the pipeline as safetensors, in one file")
+    return storage.sha256_of(weights)
+
+
+def add_lora(
+    unet: UNet2DConditionModel, *, rank: int, alpha: float, target_modules: Sequence[str] = TARGET_MODULES
+) -> list[nn.Parameter]:
+    """Freezes a UNet and puts trainable low-rank factors beside its matrices.
+
+    Source: Hu et al. 2021, LoRA, section 4.1; the second factor starts at zero, so the output does not change.
+
+    Returns:
+        The trainable parameters.
+    """
+    unet.requires_grad_(False)
+    unet_targets = [name for name in target_modules if _has_module(unet, name)]
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=unet_targets, init_lora_weights=True), unet
+    )
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def _has_module(unet: nn.Module, target: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name, _ in unet.named_modules())
+
+
+def save_adapter(unet: UNet2DConditionModel, path: Path, terms: AdapterTerms) -> Path:
+    """Writes a fine-tuned UNet's adapter folder: tensors and terms, nothing else."""
+    tensors = get_peft_model_state_dict(unet) if terms.method == "lora" else unet.state_dict()
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / ADAPTER_TENSORS)
+    (partial / ADAPTER_TERMS).write_text(json.dumps(asdict(terms), indent=2, sort_keys=True) + "\n")
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    return path
+
+
+def read_adapter_terms(path: Path) -> AdapterTerms:
+    """Reads what an adapter says about itself.
+
+    Raises:
+        ContributionRejected: If it is not what `save_adapter` writes.
+    """
+    try:
+        content = json.loads((path / ADAPTER_TERMS).read_text())
+        terms = AdapterTerms(**{**content, "target_modules": tuple(content["target_modules"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ContributionRejected("ADAPTER_TERMS", f"{ADAPTER_TERMS} is not readable: {type(error).__name__}") from error
+    numbers = (terms.rank, terms.alpha, terms.resolution_px, terms.num_images, terms.images_seen, terms.final_loss)
+    if terms.method not in ("lora", "full") or not all(isinstance(number, int | float) for number in numbers):
+        raise ContributionRejected("ADAPTER_TERMS", f"{ADAPTER_TERMS} holds values of the wrong kind")
+    if terms.method == "lora" and not (
+        isinstance(terms.rank, int) and 1 <= terms.rank <= MAX_RANK and terms.alpha > 0 and terms.target_modules
+    ):
+        raise ContributionRejected(
+            "ADAPTER_TERMS", f"found rank {terms.rank} and alpha {terms.alpha}; required 1 to {MAX_RANK} and above 0"
+        )
+    unknown = sorted(set(terms.target_modules) - set(TARGET_MODULES))
+    if unknown:
+        raise ContributionRejected("ADAPTER_TERMS", f"unknown target modules {unknown}; known: {list(TARGET_MODULES)}")
+    return terms
+
+
+def install_adapter(base_path: Path, adapter_path: Path, out_path: Path) -> Path:
+    """Merges an adapter into a copy of its base; the result is a plain diffusers folder.
+
+    Raises:
+        ContributionRejected: If a tensor is missing, unexpected, of another shape, or not finite; names it.
+        LineageError: If the adapter was trained from another base.
+    """
+    return save_pipeline(load_pipeline(base_path, adapter_path=adapter_path), out_path)
+
+
+def _merge_adapter(unet: UNet2DConditionModel, adapter_path: Path, *, base_sha256: str) -> None:
+    terms = read_adapter_terms(adapter_path)
+    if terms.base_sha256 != base_sha256:
+        raise LineageError(
+            f"the adapter was trained from the UNet {terms.base_sha256[:12]}, but the base given is {base_sha256[:12]}; "
+            "give the base that the site received"
+        )
+    tensors = _read_tensors(adapter_path / ADAPTER_TENSORS)
+    if terms.method == "full":
+        _check_tensors(tensors, unet.state_dict())
+        unet.load_state_dict(tensors)
+        return
+    add_lora(unet, rank=terms.rank, alpha=terms.alpha, target_modules=terms.target_modules)
+    _check_tensors(tensors, get_peft_model_state_dict(unet))
+    load_lora_tensors(unet, tensors)
+    merge_lora(unet)
+
+
+def load_lora_tensors(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copies low-rank factors, named as `save_adapter` names them, into a UNet that `add_lora` prepared."""
+    own = dict(unet.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            stem, _, leaf = name.rpartition(".")
+            own[f"{stem}.default.{leaf}"].copy_(tensor)
+
+
+def merge_lora(unet: UNet2DConditionModel) -> None:
+    """Adds the low-rank products to the matrices and removes the factors, leaving a plain UNet."""
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent = unet.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+    if hasattr(unet, "peft_config"):
+        del unet.peft_config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ContributionRejected("ADAPTER_TENSORS", f"{path.name} is no readable safetensors file") from error
+    return tensors
+
+
+def _check_tensors(found: Mapping[str, Tensor], required: Mapping[str, Tensor]) -> None:
+    faults = [f"missing {name}" for name in sorted(set(required) - set(found))]
+    faults += [f"unexpected {name!r}" for name in sorted(set(found) - set(required))]
+    for name in sorted(set(found) & set(required)):
+        if found[name].shape != required[name].shape:
+            faults.append(f"{name} has shape {tuple(found[name].shape)}, required {tuple(required[name].shape)}")
+        elif not found[name].dtype.is_floating_point or not torch.isfinite(found[name]).all():
+            faults.append(f"{name} holds values that are no finite floating-point numbers")
+    if faults:
+        listed = "; ".join(faults[:8]) + ("; ..." if len(faults) > 8 else "")
+        raise ContributionRejected("ADAPTER_TENSORS", f"{len(faults)} tensor(s) do not fit the base: {listed}")

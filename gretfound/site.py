@@ -1,0 +1,285 @@
+"""The site's command line: `check`, `contribute`, `inspect`, for a data manager, without a network or a programmer.
+
+A contribution is one command that can be run again: it goes on where it stopped, and a finished package is found. What
+is learned about patients stays in the work folder and goes away with it; only the package leaves.
+"""
+
+import argparse
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gretfound import contribution, deidentify, examination, fundus, lineage, metadata, shard, storage
+from gretfound.contribution import Package
+from gretfound.errors import ConfigError, GretfoundError
+from gretfound.examination import POLICIES, Examination, SitePolicy, Usable
+
+EXIT_FIT, EXIT_NOT_FIT, EXIT_USAGE = 0, 1, 2
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+KEY_BYTES = 32
+
+
+class NotFit(GretfoundError):
+    """The site's folder is not fit for the form that was asked for; the report says why."""
+
+    def __init__(self, report: str, form: str) -> None:
+        super().__init__(f"{report}\nThis folder is not fit for the form {form!r}; nothing was made.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a contribution is made; everything in it changes the result.
+
+    Args:
+        method: ``lora`` or ``full``.
+        images_seen: Photographs that the training looks at, repeats counted.
+        batch_size: Photographs in one step of training, and drawn at once.
+        learning_rate: Peak learning rate.
+        num_drawn: Photographs to draw for ``synthetic``.
+        num_steps: Denoising steps for each of them.
+        guidance_scale: Weight of the caption.
+        jpeg_quality: 0 stores PNG, without loss; 1 to 100 JPEG.
+        seed: Seeds training and drawing.
+    """
+
+    method: str = "lora"
+    images_seen: int = 20_000
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    num_drawn: int = 1_000
+    num_steps: int = 25
+    guidance_scale: float = 3.0
+    jpeg_quality: int = 0
+    seed: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0 for success or fit, 1 for not fit, 2 for a wrong command or a failure."""
+    arguments = _parser().parse_args(argv)
+    try:
+        match arguments.command:
+            case "check":
+                return _check(arguments)
+            case "contribute":
+                return _contribute(arguments)
+            case "inspect":
+                return _inspect(arguments)
+            case _:
+                return _columns()
+    except NotFit as error:
+        print(error, file=sys.stderr)
+        return EXIT_NOT_FIT
+    except GretfoundError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gretfound-site", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    forms = contribution.FORMS
+
+    check = commands.add_parser("check", help="is this folder fit? reads only; seconds")
+    check.add_argument("folder", type=Path, metavar="DIR", help="holds traindata/ and metadata.csv")
+    check.add_argument("--form", choices=forms, help="exit code for this form alone; without it, for any form")
+    check.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page, too")
+    check.add_argument("--policy", choices=sorted(POLICIES), default="standard", help="which numbers to hold it against")
+
+    default = Recipe()
+    make = commands.add_parser("contribute", help="everything else; ends in one file; run it again to go on")
+    make.add_argument("folder", type=Path, metavar="DIR", help="holds traindata/ and metadata.csv")
+    make.add_argument("--form", choices=forms, required=True)
+    make.add_argument("--site-id", required=True, metavar="NAME", help="lower-case letters, digits, hyphens")
+    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the package goes")
+    make.add_argument("--base", default="", metavar="DIR|URI", help="the generator to start from (weights, synthetic)")
+    make.add_argument("--policy", choices=sorted(POLICIES), default="standard")
+    make.add_argument("--work", type=Path, metavar="DIR", help="work in progress; default OUT/.work/DIGEST, removed at the end")
+    make.add_argument("--key", type=Path, metavar="FILE", help="secret for pseudonyms; default ~/.config/gretfound/NAME.key")
+    make.add_argument("--method", choices=("lora", "full"), default=default.method, help="what of the generator is trained")
+    make.add_argument("--images-seen", type=int, default=default.images_seen, metavar="N", help="training length")
+    make.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N")
+    make.add_argument("--learning-rate", type=float, default=default.learning_rate, metavar="X")
+    make.add_argument("--num-images", type=int, default=default.num_drawn, metavar="N", help="photographs to draw (synthetic)")
+    make.add_argument("--steps", type=int, default=default.num_steps, metavar="N", help="denoising steps for each")
+    make.add_argument("--guidance", type=float, default=default.guidance_scale, metavar="X", help="weight of the caption")
+    make.add_argument("--jpeg-quality", type=int, default=default.jpeg_quality, metavar="Q",
+                      help="store photographs as JPEG, 1 to 100; default PNG, without loss")  # fmt: skip
+    make.add_argument("--seed", type=int, default=default.seed, metavar="N")
+
+    inspect = commands.add_parser("inspect", help="what is in a package, in words; verifies every byte")
+    inspect.add_argument("package", type=Path, metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+
+    commands.add_parser("columns", help="the metadata columns that are understood, and how to write them")
+    return parser
+
+
+def contribute(
+    folder_path: Path,
+    *,
+    site_id: str,
+    form: str,
+    out_path: Path,
+    policy: SitePolicy,
+    recipe: Recipe,
+    base: str = "",
+    work_path: Path | None = None,
+    key_path: Path | None = None,
+) -> Package:
+    """Makes a site's contribution, or goes on with an interrupted one, or finds the finished one.
+
+    Args:
+        folder_path: The site's folder.
+        site_id: The site's pseudonym.
+        form: ``weights``, ``images`` or ``synthetic``.
+        out_path: The folder that the package goes to.
+        policy: What the folder must hold, and from how many patients on a value may be told.
+        recipe: How it is made.
+        base: The generator to start from, for ``weights`` and ``synthetic``: a folder or an object-store URI.
+        work_path: Where work in progress lies; ``out_path/.work`` by default. What is learned there is removed once
+            the package is finished.
+        key_path: The secret that pseudonyms are made with; it is made if it is absent, and stays at the site.
+
+    Raises:
+        ConfigError: If the arguments do not fit together.
+        NotFit: If the folder is not fit for the form.
+        NonFiniteLoss: If the training diverged.
+    """
+    if not contribution.SITE_ID_PATTERN.fullmatch(site_id):
+        raise ConfigError(f"--site-id {site_id!r} must be of lower-case letters, digits and hyphens")
+    if (form == "images") == bool(base):
+        raise ConfigError(f"--base is required for weights and synthetic, and for nothing else; the form is {form!r}")
+    work_id = _digest_of_inputs(folder_path, site_id=site_id, form=form, policy=policy, recipe=recipe, base=base)[:12]
+    package_path = out_path / f"{site_id}-{form}-{work_id}.tar"
+    if package_path.exists():
+        return contribution.read_package(package_path)
+    found = _examine(folder_path, policy)
+    if not found.is_fit_for(form):
+        raise NotFit(examination.to_text(found), form)
+    work_path = (work_path or out_path / ".work") / work_id
+    staging_path = work_path / "package"
+    staging_path.mkdir(parents=True, exist_ok=True)
+    summary = metadata.summarise([each.cells for each in found.usable], min_patients=policy.min_patients_per_value)
+    _write_json(staging_path / "summary" / "metadata_summary.json", metadata.summary_to_json(summary))
+    base_sha256 = ""
+    match form:
+        case "images":
+            key = _site_key(key_path or _default_key_path(site_id))
+            _write_real_shards(found.usable, staging_path / "shards", work_path, site_id, key, recipe.jpeg_quality)
+        case "weights":
+            adapter_path, base_path = _trained(found.usable, summary, work_path, staging_path, recipe, base)
+            base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
+            shutil.copytree(adapter_path, staging_path / "weights", dirs_exist_ok=True)
+        case _:
+            adapter_path, base_path = _trained(found.usable, summary, work_path, staging_path, recipe, base)
+            base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
+            _write_drawn_shards(summary, staging_path / "shards", work_path, site_id, recipe, base_path, adapter_path)
+    package = contribution.seal(
+        staging_path,
+        package_path,
+        site_id=site_id,
+        form=form,
+        country=metadata.main_country(summary),
+        policy=policy.stamp,
+        base_sha256=base_sha256,
+        num_images=len(found.usable) if form != "synthetic" else recipe.num_drawn,
+        num_patients=found.num_patients,
+    )
+    shutil.rmtree(work_path)
+    if work_path.parent.name == ".work" and not any(work_path.parent.iterdir()):
+        work_path.parent.rmdir()
+    return package
+
+
+def _digest_of_inputs(
+    folder_path: Path, *, site_id: str, form: str, policy: SitePolicy, recipe: Recipe, base: str
+) -> str:
+    root = folder_path / examination.FOLDER_NAME
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    paths += [path for path in [folder_path / examination.METADATA_NAME] if path.is_file()]
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        digests = list(pool.map(storage.sha256_of, paths))
+    names = [path.relative_to(folder_path).as_posix() for path in paths]
+    base_path = storage.local_path(base) if base else None
+    is_local = base_path is not None and (base_path / UNET_WEIGHTS).is_file()
+    return lineage.digest_of(
+        {
+            "files": list(zip(names, digests, strict=True)),
+            "site_id": site_id,
+            "form": form,
+            "policy": policy.stamp,
+            "recipe": asdict(recipe),
+            "base": storage.sha256_of(base_path / UNET_WEIGHTS) if base_path and is_local else base,
+        }
+    )
+
+
+def _examine(folder_path: Path, policy: SitePolicy) -> Examination:
+    if not folder_path.is_dir():
+        raise ConfigError(f"there is no folder {folder_path}; give the folder that holds traindata and metadata.csv")
+    with tqdm(desc="checking", unit="photograph", file=sys.stderr, leave=False) as bar:
+
+        def show(num_done: int, num_total: int) -> None:
+            bar.total = num_total
+            bar.update(num_done - bar.n)
+
+        return examination.examine(folder_path, policy=policy, on_progress=show)
+
+
+def _default_key_path(site_id: str) -> Path:
+    root = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(root) / "gretfound" / f"{site_id}.key"
+
+
+def _site_key(key_path: Path) -> bytes:
+    """Reads the site's secret, or makes it, readable by its owner alone."""
+    key_path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        key = key_path.read_bytes()
+        if len(key) != KEY_BYTES:
+            raise ConfigError(f"{key_path} is no site key: found {len(key)} bytes, required {KEY_BYTES}") from None
+        return key
+    key = secrets.token_bytes(KEY_BYTES)
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(key)
+    return key
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(lineage.canonical_json(content) + b"\n")
+
+
+def _parts(num_images: int) -> list[range]:
+    """Cuts images into as few parts of whole row groups as a package may have members for."""
+    per_part = shard.IMAGES_PER_ROW_GROUP
+    while -(-num_images // per_part) > contribution.MAX_SHARDS:
+        per_part += shard.IMAGES_PER_ROW_GROUP
+    return [range(start, min(start + per_part, num_images)) for start in range(0, num_images, per_part)]
+
+
+def _write_parts(
+    num_images: int, shards_path: Path, work_path: Path, rows_of: Callable[[range], Iterator[dict[str, Any]]]
+) -> None:
+    """Writes one shard file a part; a part that an earlier run finished is kept."""
+    shards_path.mkdir(parents=True, exist_ok=True)
+    for index, part in enumerate(_parts(num_images)):
+        part_path = shards_path / f"part-{index:05d}.parquet"
+        if not part_path.exists():
+            partial = work_path / "part.partial"
+            shard.write_shard_file(partial, rows_of(part))
+            partial.replace(part_path)
+
+

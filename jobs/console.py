@@ -1,0 +1,63 @@
+"""What every job's command line shares: ``--help``, configuration errors, logging, and the id as the last line."""
+
+import ast
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gretfound.config import describe
+from gretfound.errors import GretfoundError
+
+
+def run(schema: type, main: Callable[[list[str]], str]) -> NoReturn:
+    """Runs a job as a command and exits; the record's id is the last line of stdout.
+
+    Args:
+        schema: The job's configuration schema, for ``--help``.
+        main: The job: takes the arguments, returns the record's id.
+    """
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{_docstring()}\n\nKeys (key=value, or in a .yaml layer; later ones win):\n{describe(schema)}")
+        sys.exit(0)
+    set_up_logging()
+    try:
+        record_id = main(arguments)
+    except GretfoundError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.stderr.flush()
+    print(record_id, flush=True)
+    sys.exit(0)
+
+
+def set_up_logging() -> None:
+    """Sends the library's log to standard error, one line an event."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for name in ("gretfound", "jobs", "serve"):
+        logging.getLogger(name).setLevel(os.environ.get("GRETFOUND_LOG", "INFO"))
+
+
+def start_ray() -> None:
+    """Joins the cluster that runs this job (`RAY_ADDRESS`), or starts one on this machine; does nothing if joined."""
+    import ray
+
+    if not ray.is_initialized():
+        root = str(Path(__file__).parents[1])
+        search_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": search_path}},
+        )
+
+
+def _docstring() -> Any:
+    path = Path(sys.modules["__main__"].__file__ or "")
+    return ast.get_docstring(ast.parse(path.read_text()))

@@ -1,0 +1,1 @@
+"""The HTTP endpoint: embeddings, fine-tuning and predictions from a release."""

@@ -1,0 +1,73 @@
+"""What all tests share: one Ray, an S3 server on loopback, and quiet libraries."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Ray Train polls its workers this often; tests cannot wait for the default of 2 s.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+
+import boto3
+import pytest
+import ray
+from moto.server import ThreadedMotoServer
+
+ROOT = Path(__file__).parents[1]
+REAL_PHOTOGRAPHS = ROOT.parent / "shared" / "cfp"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray for the whole test run: four logical CPUs, so that two workers and their data tasks fit."""
+    search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=400 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_hub() -> Iterator[str]:
+    """The URI of a hub on an S3 server of this test run, over real HTTP on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    boto3.client("s3").create_bucket(Bucket="gretfound-test")
+    yield "s3://gretfound-test/hub"
+    server.stop()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture
+def real_photographs() -> Path:
+    """The folder of real site folders beside the project; the test is skipped where it is absent."""
+    if not REAL_PHOTOGRAPHS.is_dir():
+        pytest.skip(f"no real photographs at {REAL_PHOTOGRAPHS}")
+    return REAL_PHOTOGRAPHS
