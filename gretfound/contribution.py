@@ -504,7 +504,9 @@ def _require_shard_format(shard_path: Path) -> None:
     except (pa.ArrowException, OSError):
         is_right = False
     if not is_right:
-        raise ContributionRejected("SHARD_FORMAT", "a shard has other columns than this version; seal the package again")
+        raise ContributionRejected(
+            "SHARD_FORMAT", "a shard has other columns than this version; seal the package again"
+        )
     for index in range(footer.num_row_groups):
         group = footer.row_group(index)
         if group.num_rows > MAX_ROWS_PER_GROUP or group.total_byte_size > MAX_SHARD_BYTES:

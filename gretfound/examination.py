@@ -328,9 +328,7 @@ def _note_photographs(photographs: Sequence[Photograph], findings: list[Finding]
         )
 
 
-def _note_rows(
-    rows: dict[str, dict[str, Any]], names: set[str], *, has_table: bool, findings: list[Finding]
-) -> None:
+def _note_rows(rows: dict[str, dict[str, Any]], names: set[str], *, has_table: bool, findings: list[Finding]) -> None:
     missing = sorted(set(rows) - names)
     if missing:
         findings.append(
@@ -417,9 +415,7 @@ def _read_table(folder_path: Path, findings: list[Finding]) -> metadata.Metadata
     return table
 
 
-def _rows_by_image(
-    table: metadata.MetadataTable | None, findings: list[Finding]
-) -> dict[str, dict[str, Any]]:
+def _rows_by_image(table: metadata.MetadataTable | None, findings: list[Finding]) -> dict[str, dict[str, Any]]:
     if table is None:
         return {}
     counts = Counter(row.image for row in table.rows)
@@ -553,7 +549,10 @@ def to_html(examination: Examination) -> str:
         pairs=[[_side(examination.folder_path, name) for name in pair] for pair in pairs],
         num_pairs_hidden=len(examination.near_duplicates) - len(pairs),
         charts=[
-            (title, [{"label": label, "count": count, "percent": round(100 * share, 1)} for label, count, share in bars])
+            (
+                title,
+                [{"label": label, "count": count, "percent": round(100 * share, 1)} for label, count, share in bars],
+            )
             for title, bars in _charts(examination)
         ],
         columns=examination.columns,

@@ -8,8 +8,8 @@ here starts a job.
 import csv
 import dataclasses
 import datetime
-import io
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,6 @@ import torch
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from sklearn.model_selection import StratifiedGroupKFold
-
 from timm.models.vision_transformer import VisionTransformer
 
 from gretfound import fundus, lineage, metadata, storage
@@ -102,12 +101,12 @@ class Head:
     label_column: str
     labels: tuple[str, ...]
     release_id: str
-    weight_CD: npt.NDArray[np.float32]
-    bias_C: npt.NDArray[np.float32]
+    weight: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32]
 
     def probabilities(self, feature_ND: npt.NDArray[np.float32]) -> Floats:
         """Returns NxC: the probability of each class."""
-        logits_NC = feature_ND.astype(np.float64) @ self.weight_CD.astype(np.float64).T + self.bias_C
+        logits_NC = feature_ND.astype(np.float64) @ self.weight.astype(np.float64).T + self.bias
         powers_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
         shares_NC: Floats = powers_NC / powers_NC.sum(axis=1, keepdims=True)
         return shares_NC
@@ -135,7 +134,7 @@ class Labels:
 class Embedded:
     """Embeddings of the readable photographs, with their labels; ``patients`` falls back on the pixels' digest."""
 
-    feature_ND: npt.NDArray[np.float32]
+    features: npt.NDArray[np.float32]
     labels: list[str]
     patients: list[str]
     num_unreadable: int
@@ -208,7 +207,9 @@ def fetch_release(release_uri: str, cache_path: Path) -> tuple[lineage.Release, 
     content = storage.read_json(storage.join(release_uri, "record.json"))
     release = lineage.from_json({name: value for name, value in content.items() if name != "id"}, lineage.Release)
     if release.id != content.get("id"):
-        raise LineageError(f"the release's record was changed after it was written: its content has the id {release.id}")
+        raise LineageError(
+            f"the release's record was changed after it was written: its content has the id {release.id}"
+        )
     local_path = cache_path / release.id
     for file in release.files:
         path = local_path / file.path
@@ -286,9 +287,7 @@ def embed_rows(
             labels.extend(row.label for row, _, _ in seen)
             patients.extend(row.patient or image_id for row, _, image_id in seen)
     feature_ND = np.concatenate(parts) if parts else np.zeros((0, encoder.num_features), np.float32)
-    return Embedded(
-        feature_ND=feature_ND, labels=labels, patients=patients, num_unreadable=len(rows) - len(labels)
-    )
+    return Embedded(features=feature_ND, labels=labels, patients=patients, num_unreadable=len(rows) - len(labels))
 
 
 def embed_squares(
@@ -368,8 +367,8 @@ def fit_head(
         label_column=label_column,
         labels=tuple(names),
         release_id=release_id,
-        weight_CD=weight_CD.astype(np.float32),
-        bias_C=bias_C.astype(np.float32),
+        weight=weight_CD.astype(np.float32),
+        bias=bias_C.astype(np.float32),
     )
     auroc = metrics.interval(value, resampled_R)
     figure = {"value": auroc.value, "low": auroc.low, "high": auroc.high}
@@ -392,7 +391,8 @@ def write_head(uri: str, head: Head) -> str:
     Returns:
         The SHA-256 of ``head.json``, which names the digest of the weights.
     """
-    weights = save_tensors({"weight": head.weight_CD, "bias": head.bias_C})
+    # safetensors (0.8) writes the memory of an array as it lies there, whatever its strides say.
+    weights = save_tensors({"weight": np.ascontiguousarray(head.weight), "bias": np.ascontiguousarray(head.bias)})
     description = lineage.canonical_json(
         {
             "label_column": head.label_column,
@@ -418,8 +418,8 @@ def read_head(uri: str, *, sha256: str) -> Head:
         label_column=description["label_column"],
         labels=tuple(description["labels"]),
         release_id=description["release_id"],
-        weight_CD=weights["weight"],
-        bias_C=weights["bias"],
+        weight=weights["weight"],
+        bias=weights["bias"],
     )
 
 

@@ -5,17 +5,18 @@ is learned about patients stays in the work folder and goes away with it; only t
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
-import re
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
@@ -24,9 +25,17 @@ from gretfound.contribution import Package
 from gretfound.errors import ConfigError, GretfoundError
 from gretfound.examination import POLICIES, Examination, SitePolicy, Usable
 
+if TYPE_CHECKING:
+    from gretfound import fit
+
 EXIT_FIT, EXIT_NOT_FIT, EXIT_USAGE = 0, 1, 2
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 KEY_BYTES = 32
+FORM_LEAVES = {
+    "weights": "the numbers that a generator learned, and counts; no photograph",
+    "images": "de-identified photographs with their metadata under pseudonyms",
+    "synthetic": "photographs that the site's generator drew, and counts; no photograph of a patient",
+}
 
 
 class NotFit(GretfoundError):
@@ -42,6 +51,7 @@ class Recipe:
 
     Args:
         method: ``lora`` or ``full``.
+        lora_rank: Rank of the factors that ``lora`` trains.
         images_seen: Photographs that the training looks at, repeats counted.
         batch_size: Photographs in one step of training, and drawn at once.
         learning_rate: Peak learning rate.
@@ -50,9 +60,11 @@ class Recipe:
         guidance_scale: Weight of the caption.
         jpeg_quality: 0 stores PNG, without loss; 1 to 100 JPEG.
         seed: Seeds training and drawing.
+        device: ``cpu`` or ``cuda``.
     """
 
-    method: str = "lora"
+    method: Literal["lora", "full"] = "lora"
+    lora_rank: int = 8
     images_seen: int = 20_000
     batch_size: int = 16
     learning_rate: float = 1e-4
@@ -61,6 +73,7 @@ class Recipe:
     guidance_scale: float = 3.0
     jpeg_quality: int = 0
     seed: int = 0
+    device: str = "cpu"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", type=Path, metavar="DIR", help="holds traindata/ and metadata.csv")
     check.add_argument("--form", choices=forms, help="exit code for this form alone; without it, for any form")
     check.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page, too")
-    check.add_argument("--policy", choices=sorted(POLICIES), default="standard", help="which numbers to hold it against")
+    check.add_argument(
+        "--policy", choices=sorted(POLICIES), default="standard", help="which numbers to hold it against"
+    )
 
     default = Recipe()
     make = commands.add_parser("contribute", help="everything else; ends in one file; run it again to go on")
@@ -103,17 +118,29 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the package goes")
     make.add_argument("--base", default="", metavar="DIR|URI", help="the generator to start from (weights, synthetic)")
     make.add_argument("--policy", choices=sorted(POLICIES), default="standard")
-    make.add_argument("--work", type=Path, metavar="DIR", help="work in progress; default OUT/.work/DIGEST, removed at the end")
-    make.add_argument("--key", type=Path, metavar="FILE", help="secret for pseudonyms; default ~/.config/gretfound/NAME.key")
-    make.add_argument("--method", choices=("lora", "full"), default=default.method, help="what of the generator is trained")
+    make.add_argument(
+        "--work", type=Path, metavar="DIR", help="work in progress; default OUT/.work/DIGEST, removed at the end"
+    )
+    make.add_argument(
+        "--key", type=Path, metavar="FILE", help="secret for pseudonyms; default ~/.config/gretfound/NAME.key"
+    )
+    make.add_argument(
+        "--method", choices=("lora", "full"), default=default.method, help="what of the generator is trained"
+    )
+    make.add_argument("--lora-rank", type=int, default=default.lora_rank, metavar="N")
     make.add_argument("--images-seen", type=int, default=default.images_seen, metavar="N", help="training length")
     make.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N")
     make.add_argument("--learning-rate", type=float, default=default.learning_rate, metavar="X")
-    make.add_argument("--num-images", type=int, default=default.num_drawn, metavar="N", help="photographs to draw (synthetic)")
+    make.add_argument(
+        "--num-images", type=int, default=default.num_drawn, metavar="N", help="photographs to draw (synthetic)"
+    )
     make.add_argument("--steps", type=int, default=default.num_steps, metavar="N", help="denoising steps for each")
-    make.add_argument("--guidance", type=float, default=default.guidance_scale, metavar="X", help="weight of the caption")
+    make.add_argument(
+        "--guidance", type=float, default=default.guidance_scale, metavar="X", help="weight of the caption"
+    )
     make.add_argument("--jpeg-quality", type=int, default=default.jpeg_quality, metavar="Q",
                       help="store photographs as JPEG, 1 to 100; default PNG, without loss")  # fmt: skip
+    make.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help="cuda trains on the GPU")
     make.add_argument("--seed", type=int, default=default.seed, metavar="N")
 
     inspect = commands.add_parser("inspect", help="what is in a package, in words; verifies every byte")
@@ -171,19 +198,21 @@ def contribute(
     staging_path.mkdir(parents=True, exist_ok=True)
     summary = metadata.summarise([each.cells for each in found.usable], min_patients=policy.min_patients_per_value)
     _write_json(staging_path / "summary" / "metadata_summary.json", metadata.summary_to_json(summary))
-    base_sha256 = ""
-    match form:
-        case "images":
-            key = _site_key(key_path or _default_key_path(site_id))
-            _write_real_shards(found.usable, staging_path / "shards", work_path, site_id, key, recipe.jpeg_quality)
-        case "weights":
-            adapter_path, base_path = _trained(found.usable, summary, work_path, staging_path, recipe, base)
-            base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
+    if form == "images":
+        key = _site_key(key_path or _default_key_path(site_id))
+        tasks = [
+            _Task(photograph=each, site_id=site_id, key=key, jpeg_quality=recipe.jpeg_quality) for each in found.usable
+        ]
+        _write_real_shards(tasks, staging_path / "shards", work_path, "de-identifying")
+        base_sha256 = ""
+    else:
+        adapter_path, base_path = _trained(found.usable, summary, work_path, recipe, base)
+        base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
+        _stage_training(work_path, staging_path, recipe)
+        if form == "weights":
             shutil.copytree(adapter_path, staging_path / "weights", dirs_exist_ok=True)
-        case _:
-            adapter_path, base_path = _trained(found.usable, summary, work_path, staging_path, recipe, base)
-            base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
-            _write_drawn_shards(summary, staging_path / "shards", work_path, site_id, recipe, base_path, adapter_path)
+        else:
+            _draw_shards(summary, staging_path / "shards", work_path, site_id, recipe, base_path, adapter_path)
     package = contribution.seal(
         staging_path,
         package_path,
@@ -283,3 +312,229 @@ def _write_parts(
             partial.replace(part_path)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """One photograph for a worker process; ``key`` is None for the training at the site, which keeps the file as it is."""
+
+    photograph: Usable
+    site_id: str
+    key: bytes | None
+    jpeg_quality: int
+
+
+def _row_of(task: _Task) -> dict[str, Any]:
+    encoded = task.photograph.path.read_bytes()
+    cells = task.photograph.cells
+    if task.key is not None:
+        encoded = deidentify.rematerialise(encoded)
+        if task.jpeg_quality:
+            encoded = fundus.encode_jpeg(fundus.decode_photograph(encoded), quality=task.jpeg_quality)
+        if "patient" in cells:
+            cells = cells | {"patient": deidentify.pseudonym(task.key, cells["patient"])}
+    return shard.row_of(encoded, site_id=task.site_id, origin="real", cells=cells)
+
+
+def _write_real_shards(tasks: Sequence[_Task], shards_path: Path, work_path: Path, doing: str) -> None:
+    with _pool(len(tasks)) as pool, tqdm(total=len(tasks), desc=doing, unit="photograph", file=sys.stderr) as bar:
+
+        def rows_of(part: range) -> Iterator[dict[str, Any]]:
+            chosen = [tasks[index] for index in part]
+            for row in pool.map(_row_of, chosen, chunksize=4) if pool else map(_row_of, chosen):
+                bar.update()
+                yield row
+
+        _write_parts(len(tasks), shards_path, work_path, rows_of)
+        bar.update(len(tasks) - bar.n)  # parts that an earlier run finished
+
+
+@contextlib.contextmanager
+def _pool(num_images: int) -> Iterator[ProcessPoolExecutor | None]:
+    if num_images < examination.MIN_PHOTOGRAPHS_FOR_POOL:
+        yield None
+        return
+    num_processes = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def _trained(
+    photographs: Sequence[Usable], summary: metadata.MetadataSummary, work_path: Path, recipe: Recipe, base: str
+) -> tuple[Path, Path]:
+    """Fine-tunes the base on the photographs, with captions of released values alone.
+
+    Returns:
+        The adapter's folder and the base's.
+    """
+    from gretfound.generator import finetune, pipeline
+
+    base_path = pipeline.fetch_base(base, hub_uri=None, folder_path=work_path / "base")
+    known = [replace(each, cells=metadata.released_cells(summary, each.cells)) for each in photographs]
+    tasks = [_Task(photograph=each, site_id="", key=None, jpeg_quality=0) for each in known]
+    _write_real_shards(tasks, work_path / "photographs", work_path, "reading")
+    metrics_path = work_path / "metrics.jsonl"
+    with (
+        metrics_path.open("a") as metrics,
+        tqdm(total=recipe.images_seen, desc="training", unit="photograph", file=sys.stderr) as bar,
+    ):
+
+        def show(progress: fit.Progress) -> None:
+            bar.update(progress.images_seen - bar.n)
+            bar.set_postfix(loss=f"{progress.loss:.4f}")
+            metrics.write(json.dumps({"images_seen": progress.images_seen, "loss": round(progress.loss, 6)}) + "\n")
+
+        adapter_path = finetune.finetune_locally(
+            base_path=base_path,
+            shard_path=work_path / "photographs",
+            work_path=work_path / "training",
+            num_images_seen=recipe.images_seen,
+            batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            method=recipe.method,
+            lora_rank=recipe.lora_rank,
+            seed=recipe.seed,
+            device=recipe.device,
+            checkpoint_every_images=max(recipe.batch_size, recipe.images_seen // 20),
+            on_progress=show,
+        )
+    return adapter_path, base_path
+
+
+def _stage_training(work_path: Path, staging_path: Path, recipe: Recipe) -> None:
+    """Puts the settings and the course of the loss into the package; a stretch that was done twice counts once."""
+    _write_json(staging_path / "training" / "config.json", asdict(recipe))
+    lines = [json.loads(line) for line in (work_path / "metrics.jsonl").read_text().splitlines()]
+    by_progress = {line["images_seen"]: line for line in lines}
+    texts = [lineage.canonical_json(by_progress[images_seen]) + b"\n" for images_seen in sorted(by_progress)]
+    (staging_path / "training" / "metrics.jsonl").write_bytes(b"".join(texts))
+
+
+def _draw_shards(
+    summary: metadata.MetadataSummary,
+    shards_path: Path,
+    work_path: Path,
+    site_id: str,
+    recipe: Recipe,
+    base_path: Path,
+    adapter_path: Path,
+) -> None:
+    """Draws photographs whose captions follow the released summary, never a patient's own row."""
+    from gretfound.generator import pipeline, sampling
+
+    generator = pipeline.load_pipeline(base_path, adapter_path=adapter_path, device=recipe.device)
+    generator_id = f"site-{storage.sha256_of(adapter_path / pipeline.ADAPTER_TENSORS)[: lineage.ID_HEX_DIGITS]}"
+    cells = metadata.draw_cells(summary, num=recipe.num_drawn, seed=recipe.seed)
+    captions = [metadata.caption(each) for each in cells]
+    with tqdm(total=recipe.num_drawn, desc="drawing", unit="photograph", file=sys.stderr) as bar:
+
+        def rows_of(part: range) -> Iterator[dict[str, Any]]:
+            drawn = sampling.draw_photographs(
+                pipeline=generator,
+                captions=[captions[index] for index in part],
+                seeds=list(part),
+                num_steps=recipe.num_steps,
+                guidance_scale=recipe.guidance_scale,
+                batch_size=recipe.batch_size,
+            )
+            for index, image in zip(part, drawn, strict=True):
+                quality = recipe.jpeg_quality
+                yield shard.row_of(
+                    fundus.encode_jpeg(image, quality=quality) if quality else fundus.encode_png(image),
+                    site_id=site_id,
+                    origin="synthetic",
+                    cells=cells[index],
+                    generator_id=generator_id,
+                    seed=index,
+                    prompt=captions[index],
+                )
+                bar.update()
+
+        _write_parts(recipe.num_drawn, shards_path, work_path, rows_of)
+        bar.update(recipe.num_drawn - bar.n)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    found = _examine(arguments.folder, POLICIES[arguments.policy])
+    print(examination.to_text(found), end="")
+    if arguments.html is not None:
+        storage.write_bytes(str(arguments.html), examination.to_html(found).encode())
+        print(f"\nThe same as a page, with every file listed: {arguments.html}")
+    return EXIT_FIT if found.is_fit_for(arguments.form) else EXIT_NOT_FIT
+
+
+def _contribute(arguments: argparse.Namespace) -> int:
+    recipe = Recipe(
+        method=arguments.method,
+        lora_rank=arguments.lora_rank,
+        images_seen=arguments.images_seen,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        num_drawn=arguments.num_images,
+        num_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+        jpeg_quality=arguments.jpeg_quality,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+    package = contribute(
+        arguments.folder,
+        site_id=arguments.site_id,
+        form=arguments.form,
+        out_path=arguments.out,
+        policy=POLICIES[arguments.policy],
+        recipe=recipe,
+        base=arguments.base,
+        work_path=arguments.work,
+        key_path=arguments.key,
+    )
+    print(_in_words(package), end="")
+    return EXIT_FIT
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    if not arguments.package.is_file():
+        raise ConfigError(f"there is no file {arguments.package}")
+    package = contribution.read_package(arguments.package)
+    if arguments.json:
+        content = {"sha256": package.sha256, "size_bytes": package.size_bytes, "manifest": asdict(package.manifest)}
+        print(json.dumps(content, indent=2))
+    else:
+        print(_in_words(package), end="")
+    return EXIT_FIT
+
+
+def _in_words(package: Package) -> str:
+    manifest = package.manifest
+    people = "patients not stated" if manifest.num_patients is None else f"{manifest.num_patients:,} patients"
+    lines = [
+        f"Package   {package.path}",
+        f"SHA-256   {package.sha256}",
+        f"Size      {_size(package.size_bytes)}; every byte was verified",
+        f"Site      {manifest.site_id}{f', {manifest.country}' if manifest.country else ''}",
+        f"Form      {manifest.form}: {FORM_LEAVES[manifest.form]}",
+        f"Stands for {manifest.num_images:,} photographs, {people}; policy {manifest.policy}",
+        "",
+        "What leaves with it",
+    ]
+    for member in manifest.files:
+        place = contribution.place_of(manifest.form, member.path)
+        assert place is not None  # read_package lets no other member pass
+        lines.append(f"  {member.path:<32} {_size(member.size_bytes):>10}  {place.contains}")
+    lines.append(f"  {'manifest.json, manifest.sha256':<32} {'':>10}  this list, with the digest of each file")
+    return "\n".join(lines) + "\n"
+
+
+def _size(size_bytes: int) -> str:
+    size, unit = float(size_bytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size >= 1024:
+            size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def _columns() -> int:
+    print(metadata.dictionary_text())
+    return EXIT_FIT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

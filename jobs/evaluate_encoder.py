@@ -6,6 +6,7 @@ The baselines are the same architecture untrained, and raw pixels. An evaluation
 corpus is an error. One that cannot be read is counted and listed by its row. Records one Report and prints its id.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Embedder:
             image, reason = np.zeros((1, 1, 3), np.uint8), ""
             try:
                 if not uri:
-                    raise fundus.UnreadablePhotograph("the file is missing")
+                    raise fundus.UnreadablePhotograph("MISSING", "the file is not in traindata/")
                 image = fundus.decode_photograph(storage.read_bytes(uri))
             except fundus.UnreadablePhotograph as error:
                 reason = str(error)
@@ -89,8 +90,7 @@ class Embedder:
             image_ids.append("" if reason else fundus.pixel_digest(image))
         tensor_BCHW = self._transform.apply_batch(images)
         features = {
-            name: folder.embed(network, tensor_BCHW, batch=self._batch_size)
-            for name, network in self._networks.items()
+            name: folder.embed(network, tensor_BCHW, batch=self._batch_size) for name, network in self._networks.items()
         }
         pixels = [self._transform.square(image, size_px=RAW_PIXELS_SIZE_PX).reshape(-1) for image in images]
         features["raw_pixels"] = np.stack(pixels).astype(np.float32) / np.float32(255.0)
@@ -137,7 +137,9 @@ def main(argv: list[str]) -> str:
     content |= {
         "skipped_tasks": skipped,
         "evaluation_sets": {
-            each.name: protocol.describe_set(each, measured[each.name], faults[each.name], is_fitted_on=each in sets[len(tested) :])
+            each.name: protocol.describe_set(
+                each, measured[each.name], faults[each.name], is_fitted_on=each in sets[len(tested) :]
+            )
             for each in sets
         },
         "protocol": protocol.describe_protocol(
@@ -217,7 +219,7 @@ def _refuse(photographs: "Photographs", held: set[str], place: str) -> None:
     if numbers:
         shown = ", ".join(numbers[:10]) + (" and more" if len(numbers) > 10 else "")
         raise LineageError(
-            f"evaluation_uris: {len(numbers)} photograph(s) of the set {photographs.name!r} (rows {shown}) are in {place}"
+            f"evaluation_uris: {len(numbers)} photograph(s) of {photographs.name!r} (rows {shown}) are in {place}"
         )
 
 
@@ -279,9 +281,7 @@ def _site_samples(hub_uri: str, corpora: Sequence["Corpus"], num_pictures: int) 
         report.SiteSamples(
             site_id=site_id,
             **{
-                origin: tuple(
-                    _samples(hub_uri, [each for each in shard_sets if (each.site_id, each.origin) == (site_id, origin)])
-                )[:num_pictures]
+                origin: tuple(itertools.islice(_samples(hub_uri, shard_sets, site_id, origin), num_pictures))
                 for origin in ("real", "synthetic")
             },
         )
@@ -289,13 +289,13 @@ def _site_samples(hub_uri: str, corpora: Sequence["Corpus"], num_pictures: int) 
     ]
 
 
-def _samples(hub_uri: str, shard_sets: Sequence["ShardSet"]) -> Iterator["Sample"]:
+def _samples(hub_uri: str, shard_sets: Sequence["ShardSet"], site_id: str, origin: str) -> Iterator["Sample"]:
     from gretfound import fundus, metadata, shard, storage
     from gretfound.evaluation import report
 
     keys = [field.name for field in metadata.ARROW_FIELDS]
     for shard_set in shard_sets:
-        for part in shard_set.shards:
+        for part in shard_set.shards if (shard_set.site_id, shard_set.origin) == (site_id, origin) else ():
             for row in shard.read_rows(storage.join(hub_uri, part.path), columns=["image", "prompt", *keys]):
                 cells = {key: row[key] for key in keys if row[key] is not None}
                 yield report.Sample(

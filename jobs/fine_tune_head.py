@@ -76,7 +76,7 @@ def _fit(config: Config, job_uri: str, job: "FineTuningJob") -> "Outcome":
         num_threads=config.num_threads,
     )
     head, auroc = fine_tuning.fit_head(
-        embedded.feature_ND,
+        embedded.features,
         embedded.labels,
         embedded.patients,
         label_column=job.label_column,

@@ -162,9 +162,7 @@ def _require_policy(manifest: "Manifest", policy: str) -> None:
         )
 
 
-def _publish(
-    hub_uri: str, opened_path: Path, manifest: "Manifest", package_sha256: str, recipe: str
-) -> "Contribution":
+def _publish(hub_uri: str, opened_path: Path, manifest: "Manifest", package_sha256: str, recipe: str) -> "Contribution":
     from gretfound import lineage, storage
     from gretfound.lineage import Contribution, Site
 
@@ -294,7 +292,9 @@ def _in_words(outcome: Outcome) -> str:
     if outcome.code:
         return f"rejected  {outcome.package_sha256[:12]}  {outcome.code}: {outcome.message}"
     made = outcome.shard_set_id or outcome.generator_id
-    return f"accepted  {outcome.package_sha256[:12]}  {outcome.site_id} ({outcome.form}): {outcome.contribution_id} {made}"
+    return (
+        f"accepted  {outcome.package_sha256[:12]}  {outcome.site_id} ({outcome.form}): {outcome.contribution_id} {made}"
+    )
 
 
 def _id_over(hub_uri: str, outcomes: list[Outcome]) -> str:

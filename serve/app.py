@@ -8,7 +8,6 @@ serve deploy conf/serve/laptop.yaml
 
 import asyncio
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def _num_images(requests: list[Squares]) -> int:
     return sum(len(squares) for squares in requests)
 
 
-@serve.deployment
 class Encoder:
     """Computes embeddings; photographs of several requests share one pass.
 
@@ -81,8 +79,6 @@ class Encoder:
         return np.split(features, ends)
 
 
-@serve.deployment
-@serve.ingress()
 class Endpoint:
     """Speaks HTTP: keys, limits, decoding, heads. It computes no embedding itself."""
 
@@ -147,16 +143,15 @@ def app(arguments: Arguments) -> Application:
     """
     resolved = arguments.resolved()
     KeyRing(resolved.keys_uri)
-    # A replica imports this package by name; on this machine it finds it where the builder did.
-    code = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]))}}
-    encoder = Encoder.options(
+    encoder = serve.deployment(
         max_ongoing_requests=2 * resolved.batch_images,
         max_queued_requests=resolved.max_queued_requests,
-        ray_actor_options={"num_cpus": resolved.encoder_cpus, "num_gpus": resolved.encoder_gpus, "runtime_env": code},
-    ).bind(resolved)
-    return Endpoint.options(
+        ray_actor_options={"num_cpus": resolved.encoder_cpus, "num_gpus": resolved.encoder_gpus},
+    )(Encoder).bind(resolved)
+    endpoint = serve.deployment(
         max_ongoing_requests=resolved.max_ongoing_requests,
         max_queued_requests=resolved.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
-        ray_actor_options={"num_cpus": resolved.endpoint_cpus, "runtime_env": code},
-    ).bind(encoder, resolved)
+        ray_actor_options={"num_cpus": resolved.endpoint_cpus},
+    )(serve.ingress()(Endpoint))
+    return endpoint.bind(encoder, resolved)

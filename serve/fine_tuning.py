@@ -62,7 +62,12 @@ class RayLauncher:
 
     def start(self, job: FineTuningJob, uri: str) -> None:
         """Submits the job; its submission id is its own, so that it cannot be submitted twice."""
-        keys = {"job_uri": uri, "device": self.device, "precision": self.precision, "num_threads": max(1, int(self.cpus))}
+        keys = {
+            "job_uri": uri,
+            "device": self.device,
+            "precision": self.precision,
+            "num_threads": max(1, int(self.cpus)),
+        }
         if self.cache_path:
             keys["cache_path"] = self.cache_path
         command = [sys.executable, "-m", "jobs.fine_tune_head", *(f"{name}={value}" for name, value in keys.items())]
@@ -155,7 +160,9 @@ class FineTuningDesk:
             job = earlier.advanced("queued", attempt=earlier.attempt + 1, error="")
             fine_tuning.write_job(self._uri(job.id), job)
         elif not fine_tuning.create_job(self.hub_uri, job):
-            return fine_tuning.read_job(self._uri(job.id))  # the same request came twice at once; the other one starts it
+            return fine_tuning.read_job(
+                self._uri(job.id)
+            )  # the same request came twice at once; the other one starts it
         try:
             self.launcher.start(job, self._uri(job.id))
         except LaunchError as error:
@@ -173,7 +180,9 @@ class FineTuningDesk:
         """
         job = self._read(job_id) if JOB_ID_PATTERN.fullmatch(job_id) else None
         if job is None or (job.owner != key.owner and "admin" not in key.scopes):
-            raise Refused(404, "no_such_job", "you have no fine-tuning job of this id; GET /v1/fine_tuning/jobs lists yours")
+            raise Refused(
+                404, "no_such_job", "you have no fine-tuning job of this id; GET /v1/fine_tuning/jobs lists yours"
+            )
         return self._settled(job)
 
     def jobs_of(self, key: Key, *, own: bool = False) -> list[FineTuningJob]:
@@ -258,7 +267,9 @@ def _runtime_env() -> dict[str, Any]:
     import ray
 
     inherited = dict(ray.get_runtime_context().runtime_env)
-    code = {name: inherited[name] for name in ("working_dir", "py_modules", "env_vars", "image_uri") if name in inherited}
+    code = {
+        name: inherited[name] for name in ("working_dir", "py_modules", "env_vars", "image_uri") if name in inherited
+    }
     if "working_dir" in code or "py_modules" in code:
         return code
     return {**code, "env_vars": {**code.get("env_vars", {}), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}}

@@ -151,10 +151,7 @@ def revoke_key(*, keys_uri: str, key_id: str) -> None:
         raise ConfigError(f"key_id: there is no key {key_id!r} in this file; `python -m serve.keys list` shows them")
     _write_keys(
         keys_uri,
-        [
-            dataclasses.replace(key, revoked_at=key.revoked_at or _now()) if key.id == key_id else key
-            for key in keys
-        ],
+        [dataclasses.replace(key, revoked_at=key.revoked_at or _now()) if key.id == key_id else key for key in keys],
     )
 
 

@@ -102,7 +102,9 @@ def write_encoder_folder(
     with _evaluating(encoder):
         reference = encoder.to("cpu", torch.float32)
         if not np.array_equal(embed(reference, probe_BCHW, batch=1), embed(restored, probe_BCHW, batch=1)):
-            raise ValueError(f"an encoder read back as {architecture!r} gives other features: an argument is not stored")
+            raise ValueError(
+                f"an encoder read back as {architecture!r} gives other features: an argument is not stored"
+            )
     return path
 
 
@@ -185,7 +187,7 @@ def embed(encoder: VisionTransformer, tensor_BCHW: torch.Tensor, *, batch: int =
     device = next(encoder.parameters()).device
     parts = [
         encoder.forward_head(encoder.forward_features(part_BCHW.to(device)), pre_logits=True).float().cpu()
-        for part_BCHW in tensor_BCHW.split(batch)
+        for part_BCHW in torch.split(tensor_BCHW, batch)
     ]
     features = torch.cat(parts) if parts else torch.zeros(0, encoder.num_features)
     return cast(npt.NDArray[np.float32], features.numpy())

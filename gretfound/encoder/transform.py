@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 
 from gretfound import fundus
+from gretfound.fundus import Photograph
 
 # Legend of tensor suffixes: B images, C colour channels, H rows, W columns.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATION = "bicubic"
-Photograph = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,7 @@ class Transform:
     def square(self, image: Photograph, *, size_px: int | None = None) -> Photograph:
         """Crops, pads and resizes a photograph, without normalising it: what a person would be shown.
 
-        PIL's bicubic filter widens with the reduction, so nothing aliases.
+        The filter widens with the reduction, so nothing aliases.
 
         Args:
             image: HxWx3 uint8, RGB.
@@ -65,11 +63,8 @@ class Transform:
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"found an array of shape {image.shape} and type {image.dtype}; required HxWx3 uint8")
-        if self.crop_to_field_of_view and (field_of_view := fundus.find_field_of_view(image)) is not None:
-            image = fundus.crop_to_field_of_view(image, field_of_view)
-        size = size_px or self.image_size_px
-        resized = Image.fromarray(_padded(image)).resize((size, size), Image.Resampling.BICUBIC)
-        return np.asarray(resized)
+        field_of_view = fundus.find_field_of_view(image) if self.crop_to_field_of_view else None
+        return fundus.to_square(image, field_of_view, size_px or self.image_size_px)
 
     def apply(self, image: Photograph) -> torch.Tensor:
         """Returns the encoder's input for one photograph (HxWx3 uint8, RGB) as CxHxW float32."""
@@ -86,7 +81,7 @@ class Transform:
         mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
         return (pixels.to(torch.float32) / 255.0 - mean) / std
 
-    def denormalise(self, tensor_BCHW: torch.Tensor) -> npt.NDArray[np.uint8]:
+    def denormalise(self, tensor_BCHW: torch.Tensor) -> Photograph:
         """Returns normalised tensors as pictures, BxHxWx3 uint8: the inverse of `normalise` up to rounding."""
         mean, std = (torch.tensor(values, device=tensor_BCHW.device).view(3, 1, 1) for values in (self.mean, self.std))
         pixels_BCHW = ((tensor_BCHW.to(torch.float32) * std + mean) * 255.0).round().clamp(0, 255).to(torch.uint8)
@@ -119,14 +114,3 @@ class Transform:
                 f"{sorted(names)} with {INTERPOLATION!r} and black squares"
             )
         return cls(**settings | {"mean": tuple(settings["mean"]), "std": tuple(settings["std"])})
-
-
-def _padded(image: Photograph) -> Photograph:
-    height, width = image.shape[:2]
-    if height == width:
-        return image
-    side = max(height, width)
-    square = np.zeros((side, side, 3), np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = image
-    return square

@@ -91,13 +91,13 @@ class Assessment:
     set_name: str
     fitted_on: str
     task: Task
-    row_N: Ints
-    label_N: Ints
-    fold_N: Ints
-    patient_N: Ints
-    fitted_row_N: Ints
-    fitted_label_N: Ints
-    fitted_patient_N: Ints
+    rows: Ints
+    labels: Ints
+    folds: Ints
+    patients: Ints
+    fitted_rows: Ints
+    fitted_labels: Ints
+    fitted_patients: Ints
     notes: tuple[str, ...]
 
 
@@ -227,7 +227,10 @@ def image_ids_of(uris: Sequence[str]) -> set[str]:
             image_ids = list(threads.map(_image_id, rows))
         num_unreadable = image_ids.count(None)
         if num_unreadable:
-            log.warning("%d photograph(s) of an evaluation set could not be read, so no corpus is kept from them", num_unreadable)
+            log.warning(
+                "%d photograph(s) of an evaluation set could not be read, so no corpus is kept from them",
+                num_unreadable,
+            )
         found.update(image_id for image_id in image_ids if image_id is not None)
     return found
 
@@ -382,13 +385,13 @@ def plan(
                 set_name=photographs.name,
                 fitted_on=fitted.name if fitted else "",
                 task=task,
-                row_N=row_N,
-                label_N=label_N,
-                fold_N=fold_N,
-                patient_N=patient_N,
-                fitted_row_N=fitted_row_N,
-                fitted_label_N=fitted_label_N,
-                fitted_patient_N=fitted_patient_N,
+                rows=row_N,
+                labels=label_N,
+                folds=fold_N,
+                patients=patient_N,
+                fitted_rows=fitted_row_N,
+                fitted_labels=fitted_label_N,
+                fitted_patients=fitted_patient_N,
                 notes=tuple(notes),
             )
         )
@@ -413,16 +416,16 @@ def assess(
         seed: Of the inner splits and of the bootstrap.
     """
     num_classes = len(assessment.task.classes)
-    test_ND = feature_ND[assessment.row_N]
+    test_ND = feature_ND[assessment.rows]
     scores = {name: np.zeros((len(test_ND), num_classes)) for name in ("linear", "neighbours")}
-    for fold in np.unique(assessment.fold_N):
-        test = np.flatnonzero(assessment.fold_N == fold)
+    for fold in np.unique(assessment.folds):
+        test = np.flatnonzero(assessment.folds == fold)
         if fitted_feature_ND is None:
-            train = np.flatnonzero(assessment.fold_N != fold)
-            fit_ND, label_N, patient_N = test_ND[train], assessment.label_N[train], assessment.patient_N[train]
+            train = np.flatnonzero(assessment.folds != fold)
+            fit_ND, label_N, patient_N = test_ND[train], assessment.labels[train], assessment.patients[train]
         else:
-            fit_ND = fitted_feature_ND[assessment.fitted_row_N]
-            label_N, patient_N = assessment.fitted_label_N, assessment.fitted_patient_N
+            fit_ND = fitted_feature_ND[assessment.fitted_rows]
+            label_N, patient_N = assessment.fitted_labels, assessment.fitted_patients
         scores["linear"][test] = probe.linear_scores(
             fit_ND, label_N, patient_N, test_ND[test], num_classes=num_classes, seed=seed
         )
@@ -431,10 +434,10 @@ def assess(
     for name, (kind, metric) in METRICS.items():
         value, resampled[name] = metrics.bootstrap(
             metric,
-            assessment.label_N,
+            assessment.labels,
             scores[kind],
-            assessment.fold_N,
-            assessment.patient_N,
+            assessment.folds,
+            assessment.patients,
             num_resamples=num_resamples,
             seed=seed,
         )
@@ -466,12 +469,12 @@ def group_figures(
     """
     found: dict[str, dict[str, Any]] = {}
     for attribute in GROUP_ATTRIBUTES:
-        values = [_group_of(cells[row], attribute) for row in assessment.row_N.tolist()]
+        values = [_group_of(cells[row], attribute) for row in assessment.rows.tolist()]
         measured: dict[str, Any] = {}
         too_few: dict[str, int] = {}
         for group, num_images in Counter(value for value in values if value is not None).most_common():
             rows = np.flatnonzero(np.array([value == group for value in values]))
-            label_N, patient_N = assessment.label_N[rows], assessment.patient_N[rows]
+            label_N, patient_N = assessment.labels[rows], assessment.patients[rows]
             counts = [len(np.unique(patient_N[label_N == index])) for index in range(len(assessment.task.classes))]
             if min(counts) < min_patients_per_class or len(measured) == MAX_GROUPS_SHOWN:
                 too_few[group] = num_images
@@ -480,7 +483,7 @@ def group_figures(
                 metrics.auroc_by_resample,
                 label_N,
                 outcome.scores["linear"][rows],
-                assessment.fold_N[rows],
+                assessment.folds[rows],
                 np.unique(patient_N, return_inverse=True)[1],
                 num_resamples=num_resamples,
                 seed=seed,
@@ -563,7 +566,7 @@ def summarise(
                 name: {
                     "auroc": encoders["pretrained"][assessment.name]["auroc"],
                     **{kept: describe(assessment)[kept] for kept in ("num_images", "num_patients")},
-                    "num_images_by_class": np.bincount(assessment.label_N).tolist(),
+                    "num_images_by_class": np.bincount(assessment.labels).tolist(),
                 }
                 for name, assessment in across.items()
             }
@@ -620,21 +623,21 @@ def describe(assessment: Assessment) -> dict[str, Any]:
     names = assessment.task.classes
     counts = {
         name: {
-            "num_images": int((assessment.label_N == index).sum()),
-            "num_patients": len(np.unique(assessment.patient_N[assessment.label_N == index])),
+            "num_images": int((assessment.labels == index).sum()),
+            "num_patients": len(np.unique(assessment.patients[assessment.labels == index])),
         }
         for index, name in enumerate(names)
     }
-    shares = [entry["num_images"] / len(assessment.label_N) for entry in counts.values()]
+    shares = [entry["num_images"] / len(assessment.labels) for entry in counts.values()]
     return {
         "task": assessment.task.key,
         "title": assessment.task.title,
         "set": assessment.set_name,
         "fitted_on": assessment.fitted_on,
         "classes": counts,
-        "num_images": len(assessment.label_N),
-        "num_patients": len(np.unique(assessment.patient_N)),
-        "num_images_fitted_on": len(assessment.fitted_row_N),
+        "num_images": len(assessment.labels),
+        "num_patients": len(np.unique(assessment.patients)),
+        "num_images_fitted_on": len(assessment.fitted_rows),
         "chance_average_precision": shares[1] if len(shares) == 2 else float(np.mean(shares)),
         "notes": list(assessment.notes),
     }

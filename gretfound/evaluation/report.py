@@ -22,8 +22,8 @@ from PIL import Image
 from gretfound import fundus
 from gretfound.evaluation import metrics
 from gretfound.evaluation.protocol import BASELINES, ENCODERS, METRICS, Assessment, Outcome, Photographs
+from gretfound.fundus import Photograph
 
-Photograph = npt.NDArray[np.uint8]
 COLOURS = {"pretrained": "#0b6a9e", "untrained": "#d9722b", "raw_pixels": "#7b8087"}
 NAMES = {"pretrained": "pretrained", "untrained": "untrained", "raw_pixels": "raw pixels"}
 METRIC_NAMES = {
@@ -112,7 +112,7 @@ def write_report(
             "svg": _roc_svg(
                 {
                     encoder: metrics.roc_curve(
-                        assessment.label_N, outcomes[assessment.name, encoder].scores["linear"], assessment.fold_N
+                        assessment.labels, outcomes[assessment.name, encoder].scores["linear"], assessment.folds
                     )
                     for encoder in ENCODERS
                 }
@@ -158,17 +158,17 @@ def _predictions(
     tables = []
     for assessment in assessments:
         numbers = photographs[assessment.set_name].row_numbers
-        num_rows = len(assessment.row_N)
+        num_rows = len(assessment.rows)
         for encoder in ENCODERS:
             for probe, score_NC in outcomes[assessment.name, encoder].scores.items():
                 columns = {
-                    "row": [numbers[row] for row in assessment.row_N.tolist()],
+                    "row": [numbers[row] for row in assessment.rows.tolist()],
                     "set": [assessment.set_name] * num_rows,
                     "task": [assessment.name] * num_rows,
-                    "fold": assessment.fold_N.tolist(),
+                    "fold": assessment.folds.tolist(),
                     "encoder": [encoder] * num_rows,
                     "probe": [probe] * num_rows,
-                    "label": assessment.label_N.tolist(),
+                    "label": assessment.labels.tolist(),
                     "score": score_NC.tolist(),
                 }
                 tables.append(pa.Table.from_pydict(columns, PREDICTIONS_SCHEMA))
@@ -188,7 +188,9 @@ def _picture(image: npt.NDArray[np.uint8], size_px: int = PICTURE_SIZE_PX) -> Ma
     resized.thumbnail((size_px, size_px), Image.Resampling.BICUBIC)
     if max(resized.size) < size_px:
         scale = size_px / max(resized.size)
-        resized = resized.resize((round(resized.width * scale), round(resized.height * scale)), Image.Resampling.BICUBIC)
+        resized = resized.resize(
+            (round(resized.width * scale), round(resized.height * scale)), Image.Resampling.BICUBIC
+        )
     encoded = base64.b64encode(fundus.encode_jpeg(np.asarray(resized), quality=88)).decode()
     return Markup("data:image/jpeg;base64,{}").format(encoded)
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from gretfound import fit, fundus, lineage, metadata, storage
@@ -64,7 +63,7 @@ def finetune_locally(
     caption_dropout: float = 0.1,
     min_snr_gamma: float | None = 5.0,
     seed: int = 0,
-    precision: fit.Precision = "float32",
+    precision: str = "float32",
     zero_stage: int | None = None,
     device: str = "cpu",
     checkpoints: fit.Checkpoints | None = None,
@@ -89,14 +88,14 @@ def finetune_locally(
         min_snr_gamma: See `denoising.DenoisingObjective`.
         seed: Seeds the factors, the order, the noise.
         precision: ``float32`` or ``bfloat16``.
-        zero_stage: DeepSpeed ZeRO stage 0 to 2 in a Ray Train worker; None is plain PyTorch.
+        zero_stage: DeepSpeed ZeRO stage in a Ray Train worker; None is plain PyTorch.
         device: ``cpu`` or ``cuda``.
         checkpoints: Where state is kept; None keeps it below ``work_path``.
         checkpoint_every_images: Distance between checkpoints; 0 saves at the end only.
         on_progress: Told about progress, for a bar or a tracker.
 
     Returns:
-        The adapter's folder.
+        The adapter's folder; among several workers the first one writes it.
 
     Raises:
         ConfigError: If no photograph can be read, or the arguments do not fit the base.
@@ -104,8 +103,6 @@ def finetune_locally(
     """
     if method not in ("lora", "full"):
         raise ConfigError(f"found method={method!r}; required 'lora' or 'full'")
-    if zero_stage is not None and zero_stage > 2:
-        raise ConfigError(f"found zero_stage={zero_stage}; a generator's UNet is trained with stage 0 to 2, or none")
     base_sha256 = pipeline.unet_sha256(base_path)
     shards = sorted(shard_path.glob("*.parquet")) if shard_path.is_dir() else [shard_path]
     request = lineage.digest_of(
@@ -118,7 +115,7 @@ def finetune_locally(
         return adapter_path
     base = pipeline.load_pipeline(base_path, device=device)
     side_px = resolution_px if resolution_px is not None else native_px(base)
-    photographs = encode_photographs(base, read_photographs(shards), resolution_px=side_px)
+    photographs = encode_photographs(base, squares_of(read_photographs(shards), resolution_px=side_px))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if method == "lora":
@@ -162,7 +159,13 @@ def finetune_locally(
         images_seen=summary.images_seen,
         final_loss=summary.final_loss,
     )
-    return pipeline.save_adapter(base.unet, adapter_path, terms)
+    unet_weights = {
+        name.removeprefix("unet."): tensor for name, tensor in summary.weights.items() if name.startswith("unet.")
+    }
+    if unet_weights:
+        tensors = pipeline.adapter_tensors(unet_weights, method=method)
+        pipeline.save_adapter(adapter_path, tensors=tensors, terms=terms)
+    return adapter_path
 
 
 def native_px(base: StableDiffusionPipeline) -> int:
@@ -181,72 +184,72 @@ def read_photographs(shards: Sequence[Path]) -> Iterator[tuple[bytes, dict[str, 
                     yield row["image"], cells
 
 
-def square(encoded: bytes, resolution_px: int) -> Pixels:
-    """Decodes a photograph, crops it to its field of view and resizes it.
-
-    Returns:
-        Pixels of shape (resolution_px, resolution_px, 3).
-
-    Raises:
-        fundus.UnreadablePhotograph: If it cannot be decoded.
-    """
-    image = fundus.decode_photograph(encoded)
-    field_of_view = fundus.find_field_of_view(image)
-    cropped = image if field_of_view is None else fundus.crop_to_field_of_view(image, field_of_view)
-    picture = Image.fromarray(cropped).resize((resolution_px, resolution_px), Image.Resampling.LANCZOS)
-    return np.asarray(picture)
-
-
 def as_tensor(photographs: Sequence[Pixels]) -> Tensor:
     """Returns photographs of one size as RGB in [-1, 1], shape (B, 3, H, W)."""
     return torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def encode_photographs(
-    base: StableDiffusionPipeline, photographs: Iterable[tuple[bytes, Mapping[str, Any]]], *, resolution_px: int
-) -> EncodedPhotographs:
-    """Encodes photographs and their mirror images once; the mirror image of a right eye is captioned as a left one.
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    """A photograph as a square, with its caption and that of its mirror image, where a right eye is a left one."""
+
+    pixels: Pixels
+    caption: str
+    mirrored_caption: str
+
+
+def squares_of(
+    photographs: Iterable[tuple[bytes, Mapping[str, Any]]], *, resolution_px: int
+) -> Iterator[Square]:
+    """Decodes photographs, crops them to their field of view and resizes them; the unreadable ones are counted.
 
     Args:
-        base: Its VAE encodes.
-        photographs: Encoded image and metadata cells of each; the unreadable ones are counted and left out.
+        photographs: Encoded image and metadata cells of each.
         resolution_px: Side of the squares.
 
     Raises:
-        ConfigError: If none is readable, or the side does not fit the networks.
+        ConfigError: If none is readable.
     """
-    deepest = base.vae_scale_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
-    if resolution_px % deepest:
-        raise ConfigError(f"resolution_px={resolution_px} must be a multiple of {deepest} for this base")
-    numbers: dict[str, int] = {}
-    latents: tuple[list[Tensor], list[Tensor]] = ([], [])
-    captions: tuple[list[int], list[int]] = ([], [])
-    num_unreadable = 0
-    squares: list[Pixels] = []
-
-    def encode() -> None:
-        pixels_BCHW = as_tensor(squares)
-        for view, views_BCHW in enumerate((pixels_BCHW, pixels_BCHW.flip(-1))):
-            latents[view].append(autoencoding.encode_photographs(base.vae, views_BCHW))
-        squares.clear()
-
+    num_readable = num_unreadable = 0
     for encoded, cells in photographs:
         try:
-            squares.append(square(encoded, resolution_px))
+            image = fundus.decode_photograph(encoded)
         except fundus.UnreadablePhotograph:
             num_unreadable += 1
             continue
+        num_readable += 1
         mirrored = {**cells, "eye": _OTHER_EYE[cells["eye"]]} if cells.get("eye") in _OTHER_EYE else cells
-        for view, shown in enumerate((cells, mirrored)):
-            captions[view].append(numbers.setdefault(metadata.caption(shown), len(numbers)))
-        if len(squares) == ENCODE_BATCH:
-            encode()
-    if squares:
-        encode()
+        yield Square(
+            pixels=fundus.to_square(image, fundus.find_field_of_view(image), resolution_px),
+            caption=metadata.caption(cells),
+            mirrored_caption=metadata.caption(mirrored),
+        )
     if num_unreadable:
         log.warning("%d photograph(s) could not be read and are left out", num_unreadable)
-    if not latents[0]:
+    if not num_readable:
         raise ConfigError(f"found no readable photograph ({num_unreadable} unreadable); required at least one")
+
+
+def encode_photographs(base: StableDiffusionPipeline, squares: Iterable[Square]) -> EncodedPhotographs:
+    """Encodes photographs and their mirror images once, a few at a time.
+
+    Raises:
+        ConfigError: If their side does not fit the networks.
+    """
+    deepest = base.vae_scale_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
+    numbers: dict[str, int] = {}
+    latents: tuple[list[Tensor], list[Tensor]] = ([], [])
+    captions: tuple[list[int], list[int]] = ([], [])
+    remaining = iter(squares)
+    while block := list(itertools.islice(remaining, ENCODE_BATCH)):
+        pixels_BCHW = as_tensor([each.pixels for each in block])
+        if pixels_BCHW.shape[-1] % deepest:
+            raise ConfigError(f"resolution_px={pixels_BCHW.shape[-1]} must be a multiple of {deepest} for this base")
+        for view, views_BCHW in enumerate((pixels_BCHW, pixels_BCHW.flip(-1))):
+            latents[view].append(autoencoding.encode_photographs(base.vae, views_BCHW))
+        for each in block:
+            for view, caption in enumerate((each.caption, each.mirrored_caption)):
+                captions[view].append(numbers.setdefault(caption, len(numbers)))
     return EncodedPhotographs(
         latents_VNchw=torch.stack([torch.cat(view) for view in latents]).clone(),
         caption_VN=torch.tensor(captions),
@@ -277,7 +280,7 @@ def latent_batches(
     def stream(images_seen: int) -> Iterator[dict[str, Tensor]]:
         for first in itertools.count(images_seen, batch_size):
             position_B = torch.arange(first + worker, first + batch_size, num_workers)
-            photograph_B, view_B = _order(position_B, num_images=photographs.num_images, seed=seed)
+            photograph_B, view_B = order_at(position_B, num_images=photographs.num_images, seed=seed)
             yield {
                 "latents_BCHW": photographs.latents_VNchw[view_B, photograph_B],
                 "caption_B": photographs.caption_VN[view_B, photograph_B],
@@ -287,7 +290,8 @@ def latent_batches(
     return stream
 
 
-def _order(position_B: Tensor, *, num_images: int, seed: int) -> tuple[Tensor, Tensor]:
+def order_at(position_B: Tensor, *, num_images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Returns which photograph, and which view of it, stands at each position of a run."""
     photographs, views = [], []
     epoch_order: dict[int, npt.NDArray[np.int64]] = {}
     for position in position_B.tolist():

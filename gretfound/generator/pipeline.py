@@ -20,7 +20,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -360,9 +360,21 @@ def _has_module(unet: nn.Module, target: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for name, _ in unet.named_modules())
 
 
-def save_adapter(unet: UNet2DConditionModel, path: Path, terms: AdapterTerms) -> Path:
-    """Writes a fine-tuned UNet's adapter folder: tensors and terms, nothing else."""
-    tensors = get_peft_model_state_dict(unet) if terms.method == "lora" else unet.state_dict()
+def adapter_tensors(unet_weights: Mapping[str, Tensor], *, method: str) -> dict[str, Tensor]:
+    """Picks what leaves a training run: the low-rank factors, or the whole UNet.
+
+    Args:
+        unet_weights: A UNet's parameters by name, as they are while `add_lora` is in force.
+        method: ``lora`` or ``full``.
+    """
+    if method == "full":
+        return dict(unet_weights)
+    named = {name.replace(".default.", "."): tensor for name, tensor in unet_weights.items()}
+    return {name: tensor for name, tensor in named.items() if ".lora_A." in name or ".lora_B." in name}
+
+
+def save_adapter(path: Path, *, tensors: Mapping[str, Tensor], terms: AdapterTerms) -> Path:
+    """Writes an adapter folder: tensors and terms, nothing else; one that is cut short is never seen under ``path``."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -422,18 +434,12 @@ def _merge_adapter(unet: UNet2DConditionModel, adapter_path: Path, *, base_sha25
         unet.load_state_dict(tensors)
         return
     add_lora(unet, rank=terms.rank, alpha=terms.alpha, target_modules=terms.target_modules)
-    _check_tensors(tensors, get_peft_model_state_dict(unet))
-    load_lora_tensors(unet, tensors)
-    merge_lora(unet)
-
-
-def load_lora_tensors(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copies low-rank factors, named as `save_adapter` names them, into a UNet that `add_lora` prepared."""
-    own = dict(unet.named_parameters())
+    factors = adapter_tensors(dict(unet.named_parameters()), method="lora")
+    _check_tensors(tensors, factors)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            stem, _, leaf = name.rpartition(".")
-            own[f"{stem}.default.{leaf}"].copy_(tensor)
+        for name, factor in factors.items():
+            factor.copy_(tensors[name])
+    merge_lora(unet)
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:

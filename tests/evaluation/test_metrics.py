@@ -65,7 +65,10 @@ def test_macro__folds_are_weighted_by_pairs():
     label_N, score_NC = drawn(5, num=50)
     fold_N = (np.arange(50) >= 12).astype(int)
     parts = [
-        (roc_auc_score(label_N[fold_N == fold], score_NC[fold_N == fold, 1]), np.prod(np.bincount(label_N[fold_N == fold])))
+        (
+            roc_auc_score(label_N[fold_N == fold], score_NC[fold_N == fold, 1]),
+            np.prod(np.bincount(label_N[fold_N == fold])),
+        )
         for fold in (0, 1)
     ]
     expected = sum(value * pairs for value, pairs in parts) / sum(pairs for _, pairs in parts)

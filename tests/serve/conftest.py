@@ -1,8 +1,6 @@
 """A tiny release, a labelled folder of drawn discs, and an endpoint over them that needs no Ray."""
 
-import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,38 +8,16 @@ import pytest
 import timm
 import torch
 from fastapi.testclient import TestClient
-from PIL import Image, ImageDraw
 
 from gretfound import fine_tuning, storage
 from gretfound.encoder.folder import read_encoder_folder, write_encoder_folder
 from gretfound.encoder.transform import Transform
-from gretfound.fine_tuning import FineTuningJob
 from gretfound.lineage import Release
-from jobs import fine_tune_head
 from serve import interface, keys
 from serve.fine_tuning import FineTuningDesk
+from tests.serve.tiny_endpoint import InProcess, Keys, Opened, Place, photograph
 
 IMAGE_SIZE_PX = 32
-
-
-def photograph(*, seed: int, brightness: int = 120, size_px: int = 96) -> bytes:
-    """Draws a noisy reddish disc on black: what the room of photographs takes for a field of view."""
-    image = Image.new("RGB", (size_px, size_px))
-    ImageDraw.Draw(image).ellipse((6, 6, size_px - 6, size_px - 6), fill=(brightness, brightness // 2, brightness // 4))
-    noise = np.random.default_rng(seed).normal(0, 12, (size_px, size_px, 3))
-    encoded = io.BytesIO()
-    Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)).save(encoded, "PNG")
-    return encoded.getvalue()
-
-
-@dataclass(frozen=True)
-class Place:
-    """A hub with one release in it."""
-
-    hub_uri: str
-    release_uri: str
-    release: Release
-    release_path: Path
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +27,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     torch.manual_seed(7)
     architecture = "vit_tiny_patch16_224"
     encoder = timm.create_model(
-        architecture, img_size=IMAGE_SIZE_PX, patch_size=8, embed_dim=32, depth=2, num_heads=2, global_pool="avg", num_classes=0
+        architecture,
+        img_size=IMAGE_SIZE_PX,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        global_pool="avg",
+        num_classes=0,
     )
     transform = Transform(image_size_px=IMAGE_SIZE_PX)
     write_encoder_folder(encoder, folder_path, architecture=architecture, transform=transform)
@@ -77,54 +60,12 @@ def training_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_path
 
 
-class InProcess:
-    """A launcher that runs the job at once in this process: a real job, without a cluster."""
-
-    def __init__(self, cache_path: Path) -> None:
-        self.cache_path = cache_path
-        self.num_started = 0
-        self.is_up = True
-
-    def start(self, job: FineTuningJob, uri: str) -> None:
-        self.num_started += 1
-        if self.is_up:
-            fine_tune_head.main([f"job_uri={uri}", f"cache_path={self.cache_path}", "num_resamples=50"])
-
-    def is_running(self, job: FineTuningJob) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The keys of a test endpoint."""
-
-    uri: str
-    embed: str
-    finetune: str
-    other: str
-    admin: str
-
-
 @pytest.fixture(scope="session")
 def key_set(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     """Keys of four people."""
     uri = str(tmp_path_factory.mktemp("keys") / "keys.json")
     scopes: tuple[list[str], ...] = (["embed"], ["embed", "finetune"], ["finetune"], ["admin"])
     return Keys(uri, *(keys.create_key(keys_uri=uri, scopes=some) for some in scopes))
-
-
-def bearer(key: str) -> dict[str, str]:
-    """Returns the header that carries a key."""
-    return {"Authorization": f"Bearer {key}"}
-
-
-@dataclass(frozen=True)
-class Opened:
-    """An endpoint in this process and what starts its jobs."""
-
-    client: TestClient
-    desk: FineTuningDesk
-    launcher: InProcess
 
 
 @pytest.fixture(scope="session")

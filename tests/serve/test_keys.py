@@ -43,7 +43,8 @@ def test_create_key__a_second_key_keeps_the_first(keys_uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"scopes": []}, {"scopes": ["root"]}, {"scopes": ["embed"], "days": 0}, {"scopes": ["embed"], "owner": "A/B"}]
+    "wrong",
+    [{"scopes": []}, {"scopes": ["root"]}, {"scopes": ["embed"], "days": 0}, {"scopes": ["embed"], "owner": "A/B"}],
 )
 def test_create_key__refuses_what_makes_no_key(keys_uri: str, wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
@@ -56,7 +57,15 @@ def test_find__refuses_other_secrets_unknown_ids_and_malformed_keys(keys_uri: st
     ring = keys.KeyRing(keys_uri)
     _, key_id, secret = presented.split("_", 2)
     other = keys.create_key(keys_uri=keys_uri, scopes=["embed"]).split("_", 2)[2]
-    for wrong in (f"gf_{key_id}_{other}", f"gf_{'0' * 12}_{secret}", secret, presented + "x", presented[:-1], "", "gf__"):
+    for wrong in (
+        f"gf_{key_id}_{other}",
+        f"gf_{'0' * 12}_{secret}",
+        secret,
+        presented + "x",
+        presented[:-1],
+        "",
+        "gf__",
+    ):
         assert ring.find(wrong) is None
 
 

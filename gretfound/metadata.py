@@ -1,0 +1,882 @@
+"""Metadata: the dictionary of columns, how cells are parsed, captions, and the summary that leaves a site.
+
+A cell is parsed into one canonical value or listed with its row; nothing is guessed. This room knows no pixels.
+"""
+
+import csv
+import difflib
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+Cells = dict[str, Any]
+DR_WORDS = (
+    "no diabetic retinopathy",
+    "mild non-proliferative diabetic retinopathy",
+    "moderate non-proliferative diabetic retinopathy",
+    "severe non-proliferative diabetic retinopathy",
+    "proliferative diabetic retinopathy",
+)
+DME_WORDS = ("no diabetic macular edema", "mild diabetic macular edema", "severe diabetic macular edema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One known column of ``metadata.csv``.
+
+    ``words`` maps each canonical value to the ways in which the field writes it; ``kind`` decides how other text is read.
+    """
+
+    name: str
+    key: str
+    kind: str
+    help: str
+    words: Mapping[Any, tuple[str, ...]] = field(default_factory=dict)
+    unit: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+
+
+_YES = ("yes", "y", "true", "1", "present", "positive", "pos")
+_NO = ("no", "n", "false", "0", "absent", "negative", "neg", "none", "normal", "healthy")
+
+
+def _condition(name: str, key: str, help: str, *aliases: str, absent: tuple[str, ...] = ()) -> Column:
+    named = tuple(alias.lower() for alias in aliases)
+    absent = tuple(f"no {alias}" for alias in named) + tuple(f"non-{alias}" for alias in named) + absent
+    return Column(name=name, key=key, kind="yes/no", help=help, words={True: _YES + named, False: _NO + absent})
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column(name="Patient", key="patient", kind="text", help="any code for the person; leaves as a pseudonym only"),
+    Column(
+        name="Eye",
+        key="eye",
+        kind="word",
+        help="which eye",
+        words={
+            "left": ("l", "os", "oculus sinister", "left eye", "le", "sin"),
+            "right": ("r", "od", "oculus dexter", "right eye", "re", "dex"),
+        },
+    ),
+    Column(name="Visit", key="visit", kind="text", help="any code for the visit"),
+    Column(name="Age", key="age", kind="number", help="age at the photograph", unit="years", low=0, high=120),
+    Column(
+        name="Sex",
+        key="sex",
+        kind="word",
+        help="sex",
+        words={"female": ("f", "woman", "w", "girl"), "male": ("m", "man", "boy")},
+    ),
+    Column(name="Ethnicity", key="ethnicity", kind="short text", help="ethnicity, in the site's own words"),
+    Column(name="Country", key="country", kind="short text", help="country of the site or the patient"),
+    Column(name="Camera", key="camera", kind="short text", help="brand and model of the camera"),
+    Column(
+        name="FieldOfView",
+        key="field_of_view",
+        kind="number",
+        help="the camera's field of view",
+        unit="degrees",
+        low=15,
+        high=200,
+    ),
+    Column(
+        name="Quality",
+        key="quality_grade",
+        kind="word",
+        help="a grader's word on the photograph",
+        words={
+            "good": ("gradable", "excellent", "high", "2", "adequate"),
+            "usable": ("acceptable", "fair", "moderate", "1"),
+            "reject": ("ungradable", "bad", "poor", "low", "0", "inadequate"),
+        },
+    ),
+    Column(
+        name="DR",
+        key="dr",
+        kind="grade",
+        help="diabetic retinopathy, ICDR grade 0 to 4 (R0 to R3 of the UK as 0, 1, 3, 4); 'diabetic retinopathy' alone "
+        "is taken as present without a grade",
+        words={
+            0: (
+                "no dr",
+                "none",
+                "no",
+                "r0",
+                "grade 0",
+                "normal",
+                "healthy",
+                "no apparent retinopathy",
+                "no retinopathy",
+                "absent",
+                "no diabetic retinopathy",
+                "without diabetic retinopathy",
+                "dr0",
+            ),
+            1: (
+                "mild",
+                "mild dr",
+                "mild npdr",
+                "npdr mild",
+                "r1",
+                "grade 1",
+                "background",
+                "background retinopathy",
+                "mild diabetic retinopathy",
+                "mild non-proliferative diabetic retinopathy",
+                "mild nonproliferative",
+                "dr1",
+                "mild nonproliferative diabetic retinopathy",
+                "background diabetic retinopathy",
+            ),
+            2: (
+                "moderate",
+                "moderate dr",
+                "moderate npdr",
+                "npdr moderate",
+                "grade 2",
+                "moderate diabetic retinopathy",
+                "moderate non-proliferative diabetic retinopathy",
+                "moderate nonproliferative diabetic retinopathy",
+                "dr2",
+            ),
+            3: (
+                "severe",
+                "severe dr",
+                "severe npdr",
+                "npdr severe",
+                "r2",
+                "grade 3",
+                "pre-proliferative",
+                "dr3",
+                "preproliferative",
+                "pre-proliferative diabetic retinopathy",
+                "severe diabetic retinopathy",
+                "severe non-proliferative diabetic retinopathy",
+                "severe nonproliferative diabetic retinopathy",
+            ),
+            4: (
+                "proliferative",
+                "proliferative dr",
+                "pdr",
+                "r3",
+                "grade 4",
+                "proliferative diabetic retinopathy",
+                "dr4",
+                "proliferative retinopathy",
+                "r3a",
+                "r3s",
+            ),
+            "present": ("diabetic retinopathy", "dr", "present", "yes", "positive"),
+        },
+        low=0,
+        high=4,
+    ),
+    Column(
+        name="DME",
+        key="dme",
+        kind="grade",
+        help="diabetic macular edema, 0 none, 1 mild or moderate (away from the centre), 2 severe (centre involved); M0, M1",
+        words={
+            0: (
+                "no dme",
+                "none",
+                "no",
+                "m0",
+                "absent",
+                "no macular edema",
+                "no macular oedema",
+                "grade 0",
+                "normal",
+                "no diabetic macular edema",
+                "no diabetic macular oedema",
+            ),
+            1: (
+                "mild",
+                "mild dme",
+                "moderate",
+                "grade 1",
+                "mild macular edema",
+                "mild macular oedema",
+                "moderate dme",
+                "moderate macular edema",
+                "mild diabetic macular edema",
+                "mild diabetic macular oedema",
+                "non-centre involving",
+                "non-center involving",
+            ),
+            2: (
+                "severe",
+                "severe dme",
+                "grade 2",
+                "severe macular edema",
+                "severe macular oedema",
+                "centre involving",
+                "center involving",
+                "severe diabetic macular edema",
+                "severe diabetic macular oedema",
+                "ci-dme",
+            ),
+        },
+        low=0,
+        high=2,
+    ),
+    _condition("Glaucoma", "glaucoma", "glaucoma", "glaucoma", "glaucomatous", "poag", "open-angle glaucoma", "g"),
+    _condition(
+        "AMD",
+        "amd",
+        "age-related macular degeneration",
+        "amd",
+        "armd",
+        "age-related macular degeneration",
+        "macular degeneration",
+        "early amd",
+        "intermediate amd",
+        "late amd",
+        "wet amd",
+        "dry amd",
+    ),
+    _condition("Cataract", "cataract", "cataract", "cataract"),
+    _condition(
+        "PathologicMyopia",
+        "pathologic_myopia",
+        "pathologic myopia",
+        "pathologic myopia",
+        "pathological myopia",
+        "pm",
+        "myopic maculopathy",
+    ),
+    _condition("Hypertension", "hypertension", "arterial hypertension", "hypertension", "hypertensive", "htn"),
+    _condition(
+        "Diabetes",
+        "diabetes",
+        "diabetes mellitus",
+        "diabetes",
+        "diabetic",
+        "dm",
+        "t1dm",
+        "t2dm",
+        "type 1 diabetes",
+        "type 2 diabetes",
+        "diabetes mellitus",
+    ),
+    Column(name="HbA1c", key="hba1c", kind="number", help="glycated haemoglobin", unit="%", low=3, high=20),
+    Column(name="SBP", key="sbp", kind="number", help="systolic blood pressure", unit="mmHg", low=50, high=300),
+    _condition("MI", "mi", "myocardial infarction", "mi", "myocardial infarction", "heart attack"),
+    _condition("Stroke", "stroke", "stroke", "stroke", "ischaemic stroke", "ischemic stroke", "cva"),
+    _condition("HeartFailure", "heart_failure", "heart failure", "heart failure", "hf", "chf"),
+    _condition("CKD", "ckd", "chronic kidney disease", "ckd", "chronic kidney disease"),
+    _condition(
+        "Parkinsons",
+        "parkinsons",
+        "Parkinson's disease",
+        "parkinsons",
+        "parkinson's",
+        "parkinson",
+        "parkinson's disease",
+        "pd",
+    ),
+    _condition("Dementia", "dementia", "dementia", "dementia", "alzheimer", "alzheimer's", "alzheimer's disease"),
+)
+BY_KEY = {column.key: column for column in COLUMNS}
+_ARROW_TYPES = {"number": pa.float32(), "grade": pa.int8(), "yes/no": pa.bool_()}
+ARROW_FIELDS: list[pa.Field] = [
+    *(pa.field(column.key, _ARROW_TYPES.get(column.kind, pa.string())) for column in COLUMNS),
+    pa.field("dr_present", pa.bool_()),
+]
+_MAX_TEXT = 64
+_UNITS = {
+    "age": ("years old", "year old", "years", "year", "yrs", "yr", "y/o", "yo", "y"),
+    "field_of_view": ("degrees", "degree", "deg", "\N{DEGREE SIGN}"),
+    "hba1c": ("%", "percent", "% ngsp"),
+    "sbp": ("mmhg", "mm hg"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A cell that was not understood; ``row`` is the line of the file, the header being line 1."""
+
+    row: int
+    column: str
+    value: str
+    reason: str
+    suggestion: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataRow:
+    """One photograph's line: its file name and its canonical cells by column key; blanks are absent."""
+
+    image: str
+    cells: Cells
+    line: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellCounts:
+    """How a column's cells were understood."""
+
+    num_parsed: int = 0
+    num_blank: int = 0
+    num_not_understood: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataTable:
+    """A parsed ``metadata.csv``."""
+
+    rows: list[MetadataRow]
+    problems: list[Problem]
+    unknown_columns: list[str]
+    counts_by_column: dict[str, CellCounts]
+
+
+def parse_cell(column: Column, text: str) -> Any:
+    """Parses one cell.
+
+    Returns:
+        The canonical value: int for a grade, float for a number, bool for yes/no, str otherwise; None where it is blank.
+        A DR cell without a grade gives ``"present"``.
+
+    Raises:
+        ValueError: With the reason, if the text is not understood; it is never guessed.
+    """
+    plain = _plain(text)
+    if plain in ("", "na", "n/a", "nan", "null", "unknown", "not known", "missing", "-", "?"):
+        return None
+    if column.kind in ("text", "short text"):
+        if len(text.strip()) > _MAX_TEXT:
+            raise ValueError(f"longer than {_MAX_TEXT} characters; required a short word or code")
+        return _named(column.key, text.strip())
+    if column.kind == "number":
+        return _parse_number(column, plain)
+    for value, words in column.words.items():
+        if plain == _plain(str(value)) or plain in words:
+            return value
+    if column.kind == "grade" and re.fullmatch(r"\d+(\.0+)?", plain):
+        grade = int(float(plain))
+        if column.low <= grade <= column.high:
+            return grade
+        raise ValueError(f"required a grade from {column.low:g} to {column.high:g}")
+    if column.kind == "yes/no" and re.fullmatch(r"[01]\.0+", plain):
+        return plain.startswith("1")
+    raise ValueError("not a known word of this column")
+
+
+def suggestion_for(column: Column, text: str) -> str | None:
+    """Returns the known word nearest to a text that was not understood, if one is near."""
+    known = [str(value) for value in column.words] + [word for words in column.words.values() for word in words]
+    near = difflib.get_close_matches(_plain(text), known, n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def _parse_number(column: Column, plain: str) -> float:
+    number, unit = _split_number(plain)
+    if number is None:
+        raise ValueError(f"not a number; required {column.help} in {column.unit}")
+    if unit in ("mmol/mol",) and column.key == "hba1c":
+        number = number * 0.09148 + 2.152  # IFCC to NGSP, https://ngsp.org/ifcc.asp
+    elif unit and unit not in _UNITS.get(column.key, ()):
+        raise ValueError(f"the unit {unit!r} is not known here; required {column.unit}")
+    if not column.low <= number <= column.high:
+        raise ValueError(f"out of range; required {column.low:g} to {column.high:g} {column.unit}")
+    return round(number, 3)
+
+
+def _split_number(plain: str) -> tuple[float | None, str]:
+    found = re.fullmatch(r"([-+]?\d+(?:[.,]\d+)?)\s*(.*)", plain)
+    return (float(found[1].replace(",", ".")), found[2].strip()) if found else (None, "")
+
+
+def read_metadata(csv_path: Path) -> MetadataTable:
+    """Reads ``metadata.csv``: comma, semicolon or tab, UTF-8 (with or without a mark) or Latin-1.
+
+    Raises:
+        ValueError: If the file has no header, or no column ``Image``.
+    """
+    content = csv_path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    lines = text.splitlines()
+    if not lines or not lines[0].strip():
+        raise ValueError("the file is empty; required a header line with the column Image")
+    delimiter = max(",;\t", key=lines[0].count)
+    table = csv.reader(io.StringIO(text), delimiter=delimiter)
+    header = next(table)
+    known = {_squeezed(column.name): column for column in COLUMNS}
+    image_places = [place for place, name in enumerate(header) if _squeezed(name) in ("image", "imagename", "filename")]
+    if not image_places:
+        raise ValueError(f"there is no column Image; found the columns {', '.join(name.strip() for name in header)}")
+    places = {place: known[_squeezed(name)] for place, name in enumerate(header) if _squeezed(name) in known}
+    unknown = [
+        name.strip()
+        for place, name in enumerate(header)
+        if place not in places and place != image_places[0] and name.strip()
+    ]
+    rows: list[MetadataRow] = []
+    problems: list[Problem] = []
+    counts: Counter[tuple[str, str]] = Counter()
+    for record in table:
+        line = table.line_num
+        if not any(cell.strip() for cell in record):
+            continue
+        image = record[image_places[0]].strip() if image_places[0] < len(record) else ""
+        if not image:
+            problems.append(Problem(row=line, column="Image", value="", reason="the file name is blank"))
+            continue
+        cells: Cells = {}
+        for place, column in places.items():
+            text = record[place] if place < len(record) else ""
+            try:
+                value = parse_cell(column, text)
+            except ValueError as error:
+                suggestion = suggestion_for(column, text)
+                problems.append(
+                    Problem(row=line, column=column.name, value=text.strip(), reason=str(error), suggestion=suggestion)
+                )
+                counts[column.name, "not understood"] += 1
+                continue
+            counts[column.name, "blank" if value is None else "parsed"] += 1
+            if value is not None:
+                cells |= _canonical(column.key, value)
+        rows.append(MetadataRow(image=image, cells=cells, line=line))
+    counts_by_column = {
+        column.name: CellCounts(
+            num_parsed=counts[column.name, "parsed"],
+            num_blank=counts[column.name, "blank"],
+            num_not_understood=counts[column.name, "not understood"],
+        )
+        for column in places.values()
+    }
+    return MetadataTable(rows=rows, problems=problems, unknown_columns=unknown, counts_by_column=counts_by_column)
+
+
+def _canonical(key: str, value: Any) -> Cells:
+    if key != "dr":
+        return {key: value}
+    return {"dr_present": True} if value == "present" else {"dr": value, "dr_present": value > 0}
+
+
+def arrow_values(cells: Mapping[str, Any]) -> Cells:
+    """Returns one value for each of `ARROW_FIELDS`, None where a cell is blank.
+
+    Raises:
+        ValueError: If ``cells`` has a key that is no column.
+    """
+    names = [each.name for each in ARROW_FIELDS]
+    if odd := sorted(set(cells) - set(names)):
+        raise ValueError(f"found cells that are no columns: {odd}")
+    return {name: cells.get(name) for name in names}
+
+
+_ADJECTIVES = {
+    "australia": "Australian",
+    "austria": "Austrian",
+    "bangladesh": "Bangladeshi",
+    "belgium": "Belgian",
+    "brazil": "Brazilian",
+    "canada": "Canadian",
+    "chile": "Chilean",
+    "china": "Chinese",
+    "colombia": "Colombian",
+    "czechia": "Czech",
+    "denmark": "Danish",
+    "egypt": "Egyptian",
+    "ethiopia": "Ethiopian",
+    "finland": "Finnish",
+    "france": "French",
+    "germany": "German",
+    "ghana": "Ghanaian",
+    "greece": "Greek",
+    "hong kong": "Hong Kong",
+    "india": "Indian",
+    "indonesia": "Indonesian",
+    "iran": "Iranian",
+    "ireland": "Irish",
+    "israel": "Israeli",
+    "italy": "Italian",
+    "japan": "Japanese",
+    "kenya": "Kenyan",
+    "malaysia": "Malaysian",
+    "mexico": "Mexican",
+    "nepal": "Nepali",
+    "netherlands": "Dutch",
+    "new zealand": "New Zealander",
+    "nigeria": "Nigerian",
+    "norway": "Norwegian",
+    "pakistan": "Pakistani",
+    "peru": "Peruvian",
+    "philippines": "Filipino",
+    "poland": "Polish",
+    "portugal": "Portuguese",
+    "rwanda": "Rwandan",
+    "saudi arabia": "Saudi",
+    "singapore": "Singaporean",
+    "south africa": "South African",
+    "south korea": "South Korean",
+    "spain": "Spanish",
+    "sri lanka": "Sri Lankan",
+    "sweden": "Swedish",
+    "switzerland": "Swiss",
+    "tanzania": "Tanzanian",
+    "thailand": "Thai",
+    "turkey": "Turkish",
+    "uganda": "Ugandan",
+    "united kingdom": "British",
+    "united states": "American",
+    "vietnam": "Vietnamese",
+    "zambia": "Zambian",
+}
+_COUNTRY_ALIASES = {
+    "uk": "United Kingdom",
+    "great britain": "United Kingdom",
+    "england": "United Kingdom",
+    "usa": "United States",
+    "us": "United States",
+    "united states of america": "United States",
+    "czech republic": "Czechia",
+    "korea": "South Korea",
+    "republic of korea": "South Korea",
+    "turkiye": "Turkey",
+    "the netherlands": "Netherlands",
+    "prc": "China",
+}
+_OCULAR = (
+    ("glaucoma", "glaucoma"),
+    ("amd", "age-related macular degeneration"),
+    ("cataract", "cataract"),
+    ("pathologic_myopia", "pathologic myopia"),
+)
+_SYSTEMIC = (
+    ("diabetes", "diabetes"),
+    ("hypertension", "hypertension"),
+    ("mi", "myocardial infarction"),
+    ("stroke", "stroke"),
+    ("heart_failure", "heart failure"),
+    ("ckd", "chronic kidney disease"),
+    ("parkinsons", "Parkinson's disease"),
+    ("dementia", "dementia"),
+)
+
+
+def caption(cells: Mapping[str, Any]) -> str:
+    """Says the known cells in plain words, always in the same order; blanks are left out.
+
+    The absence of an ocular disease is said, since a photograph shows it; that of a systemic one is not.
+
+    For example ``colour fundus photograph, moderate non-proliferative diabetic retinopathy, 62-year-old woman, British,
+    Topcon``.
+    """
+    known = {key: value for key, value in cells.items() if value is not None}
+    parts = ["colour fundus photograph"]
+    if "dr" in known:
+        parts.append(DR_WORDS[int(known["dr"])])
+    elif known.get("dr_present"):
+        parts.append("diabetic retinopathy")
+    if "dme" in known:
+        parts.append(DME_WORDS[int(known["dme"])])
+    parts.extend(words if known[key] else f"no {words}" for key, words in _OCULAR if key in known)
+    parts.extend(words for key, words in _SYSTEMIC if known.get(key))
+    if "hba1c" in known:
+        parts.append(f"HbA1c {known['hba1c']:.1f} percent")
+    if "sbp" in known:
+        parts.append(f"systolic blood pressure {known['sbp']:.0f}")
+    person = {"female": "woman", "male": "man"}.get(known.get("sex", ""))
+    if "age" in known:
+        parts.append(f"{int(known['age'])}-year-old {person or 'person'}")
+    elif person:
+        parts.append(person)
+    if "ethnicity" in known:
+        parts.append(str(known["ethnicity"]))
+    if "country" in known:
+        country = str(known["country"])
+        parts.append(_ADJECTIVES.get(country.lower(), f"from {country}"))
+    if "camera" in known:
+        parts.append(str(known["camera"]))
+    if "eye" in known:
+        parts.append(f"{known['eye']} eye")
+    return ", ".join(parts)
+
+
+def caption_words() -> list[str]:
+    """Returns the words that captions are made of, for a tokenizer of one's own; names of cameras are spelled out."""
+    phrases = [
+        "colour fundus photograph",
+        *DR_WORDS,
+        "diabetic retinopathy",
+        *DME_WORDS,
+        "no",
+        "from",
+        "left eye",
+        "right eye",
+    ]
+    phrases += [words for _, words in (*_OCULAR, *_SYSTEMIC)] + [*_ADJECTIVES.values()]
+    phrases += ["HbA1c percent", "systolic blood pressure", "year-old woman man person"]
+    phrases += [str(number) for number in range(120)]
+    words = [word for phrase in phrases for word in re.findall(r"[\w']+|-", phrase.lower())]
+    return sorted(set(words))
+
+
+# The summary that leaves a site.
+
+SUMMARY_KEYS = tuple(
+    column.key
+    for column in COLUMNS
+    if column.kind in ("word", "grade", "yes/no") or column.key in ("country", "camera")
+) + ("ethnicity", "dr_present", "age_band")
+PAIRS = (("dr", "age_band"), ("dr", "sex"), ("sex", "age_band"), ("glaucoma", "age_band"))
+_BLANK = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataSummary:
+    """Counts of a site's metadata. Values of too few patients are in no table.
+
+    ``counts`` maps a column key to counts by value (as text; ``""`` is blank), ``pair_counts`` two keys joined by ``*``
+    to counts by two values. Counts are of photographs; suppression is by distinct patients.
+    """
+
+    num_images: int
+    num_patients: int | None
+    min_patients: int
+    counts: dict[str, dict[str, int]]
+    pair_counts: dict[str, list[tuple[str, str, int]]]
+
+
+def age_band(age: float) -> str:
+    """Returns the 5-year band of an age, with the ends merged: ``<20``, ``20-24``, ..., ``90+``."""
+    if age < 20:
+        return "<20"
+    return "90+" if age >= 90 else f"{int(age) // 5 * 5}-{int(age) // 5 * 5 + 4}"
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], *, min_patients: int = 11) -> MetadataSummary:
+    """Counts the values of every categorical column and of the listed pairs of columns.
+
+    A value of fewer than ``min_patients`` patients is left out of every table; where the patient is blank, each
+    photograph counts as one. (Complementary suppression and rounding belong to the disclosure rules of the
+    contribution, which read this summary.)
+
+    Args:
+        rows: Canonical cells of each photograph.
+        min_patients: The fewest patients that a value may describe.
+    """
+    patients = [str(row.get("patient") or f"image {place}") for place, row in enumerate(rows)]
+    texts = [_texts(row) for row in rows]
+    counts: dict[str, dict[str, int]] = {}
+    for key in SUMMARY_KEYS:
+        table = Counter(each.get(key, _BLANK) for each in texts)
+        released = {
+            value: count
+            for value, count in table.items()
+            if value == _BLANK
+            or len({patient for patient, each in zip(patients, texts, strict=True) if each.get(key) == value})
+            >= min_patients
+        }
+        if set(released) - {_BLANK}:
+            counts[key] = dict(sorted(released.items()))
+    pair_counts: dict[str, list[tuple[str, str, int]]] = {}
+    for first, second in PAIRS:
+        if first not in counts or second not in counts:
+            continue
+        cells: dict[tuple[str, str], set[str]] = {}
+        images: Counter[tuple[str, str]] = Counter()
+        for patient, each in zip(patients, texts, strict=True):
+            pair = each.get(first, _BLANK), each.get(second, _BLANK)
+            if pair[0] in counts[first] and pair[1] in counts[second]:
+                cells.setdefault(pair, set()).add(patient)
+                images[pair] += 1
+        kept = sorted((*pair, images[pair]) for pair, people in cells.items() if len(people) >= min_patients)
+        if kept:
+            pair_counts[f"{first}*{second}"] = kept
+    has_patients = any(row.get("patient") for row in rows)
+    return MetadataSummary(
+        num_images=len(rows),
+        num_patients=len(set(patients)) if has_patients else None,
+        min_patients=min_patients,
+        counts=counts,
+        pair_counts=pair_counts,
+    )
+
+
+def _texts(row: Mapping[str, Any]) -> dict[str, str]:
+    texts = {key: _as_text(row[key]) for key in SUMMARY_KEYS if row.get(key) is not None}
+    if row.get("age") is not None:
+        texts["age_band"] = age_band(float(row["age"]))
+    return texts
+
+
+def _as_text(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool | np.bool_) else str(value)
+
+
+def released_cells(summary: MetadataSummary, cells: Mapping[str, Any]) -> Cells:
+    """Keeps of a photograph's cells only what the summary releases; an age becomes the middle of its released band."""
+    texts = _texts(cells)
+    kept = {key: cells[key] for key, text in texts.items() if key != "age_band" and text in summary.counts.get(key, {})}
+    if texts.get("age_band") in summary.counts.get("age_band", {}):
+        kept["age"] = _middle_of(texts["age_band"])
+    return kept
+
+
+def draw_cells(summary: MetadataSummary, *, num: int, seed: int) -> list[Cells]:
+    """Draws cells of photographs that follow a summary; row i does not depend on ``num``.
+
+    Columns are drawn in a fixed order, each from its own counts or, where a released pair table has the column and one
+    drawn before, from that table's row. Blanks are drawn as often as they were counted.
+    """
+    return [_draw_row(summary, np.random.default_rng([seed, place])) for place in range(num)]
+
+
+def _draw_row(summary: MetadataSummary, rng: np.random.Generator) -> Cells:
+    order = [
+        "age_band",
+        "dr",
+        "sex",
+        "glaucoma",
+        *(key for key in SUMMARY_KEYS if key not in ("age_band", "dr", "sex", "glaucoma")),
+    ]
+    drawn: dict[str, str] = {}
+    for key in order:
+        if key == "dr_present" and drawn.get("dr"):
+            continue
+        table = _table_for(summary, key, drawn)
+        total = sum(table.values())
+        if total:
+            values = sorted(table)
+            weights = np.array([table[value] for value in values], dtype=np.float64)
+            drawn[key] = values[int(np.searchsorted(np.cumsum(weights / total), rng.random(), side="right"))]
+    cells: Cells = {}
+    for key, text in drawn.items():
+        if text == _BLANK:
+            continue
+        if key == "age_band":
+            low, high = _bounds_of(text)
+            cells["age"] = float(rng.integers(low, high + 1))
+        else:
+            cells |= _canonical(key, _from_text(key, text))
+    return cells
+
+
+def _table_for(summary: MetadataSummary, key: str, drawn: Mapping[str, str]) -> dict[str, int]:
+    for other in ("age_band", "dr", "sex"):
+        for name, place in ((f"{key}*{other}", 1), (f"{other}*{key}", 0)):
+            if other in drawn and name in summary.pair_counts:
+                rows = [row for row in summary.pair_counts[name] if row[place] == drawn[other]]
+                if rows:
+                    return {str(row[1 - place]): int(row[2]) for row in rows}
+    return summary.counts.get(key, {})
+
+
+def _bounds_of(band: str) -> tuple[int, int]:
+    if band == "<20":
+        return 10, 19
+    return (90, 94) if band == "90+" else (int(band[:2]), int(band[3:]))
+
+
+def _middle_of(band: str) -> float:
+    low, high = _bounds_of(band)
+    return float((low + high) // 2)
+
+
+def _from_text(key: str, text: str) -> Any:
+    column = BY_KEY.get(key)
+    kind = "yes/no" if column is None else column.kind
+    match kind:
+        case "yes/no":
+            return text == "yes"
+        case "grade":
+            return int(text)
+        case _:
+            return text
+
+
+def main_country(summary: MetadataSummary) -> str:
+    """Returns the country of most photographs, empty where none is released."""
+    table = {value: count for value, count in summary.counts.get("country", {}).items() if value != _BLANK}
+    return max(sorted(table), key=lambda value: table[value]) if table else ""
+
+
+def summary_to_json(summary: MetadataSummary) -> dict[str, Any]:
+    """Returns the summary as plain JSON-able values."""
+    return {
+        "schema": "metadata-summary/1",
+        "num_images": summary.num_images,
+        "num_patients": summary.num_patients,
+        "min_patients": summary.min_patients,
+        "counts": summary.counts,
+        "pair_counts": {name: [list(row) for row in rows] for name, rows in summary.pair_counts.items()},
+    }
+
+
+def summary_from_json(content: Mapping[str, Any]) -> MetadataSummary:
+    """Rebuilds a summary.
+
+    Raises:
+        ValueError: If the content is not a summary of this version.
+    """
+    names = {"schema", "num_images", "num_patients", "min_patients", "counts", "pair_counts"}
+    if not isinstance(content, Mapping) or set(content) != names or content["schema"] != "metadata-summary/1":
+        raise ValueError("not a metadata summary of version metadata-summary/1")
+    try:
+        return MetadataSummary(
+            num_images=int(content["num_images"]),
+            num_patients=None if content["num_patients"] is None else int(content["num_patients"]),
+            min_patients=int(content["min_patients"]),
+            counts={
+                str(key): {str(value): int(count) for value, count in table.items()}
+                for key, table in content["counts"].items()
+            },
+            pair_counts={
+                str(name): [(str(first), str(second), int(count)) for first, second, count in rows]
+                for name, rows in content["pair_counts"].items()
+            },
+        )
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"a damaged metadata summary: {error}") from error
+
+
+def dictionary_text() -> str:
+    """Returns the dictionary of columns as a table in words."""
+    lines = [f"{'column':<18}{'kind':<12}{'unit':<9}what, and examples of what is understood", "-" * 110]
+    lines.append(f"{'Image':<18}{'file name':<12}{'':<9}required; every other column and cell may be blank")
+    for column in COLUMNS:
+        examples = ", ".join(str(word) for words in column.words.values() for word in words[:2])
+        text = f"{column.help}{': ' + examples if examples else ''}"
+        lines.append(f"{column.name:<18}{column.kind:<12}{column.unit:<9}{text}")
+    return "\n".join(lines)
+
+
+def _named(key: str, text: str) -> str:
+    if key != "country":
+        return " ".join(text.split())
+    plain = _plain(text)
+    alias = _COUNTRY_ALIASES.get(plain)
+    if alias:
+        return alias
+    return plain.title() if plain in _ADJECTIVES else " ".join(text.split())
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("_", " ").lower().split())
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\s_\-]", "", name).lower()
+
+
+def to_bytes(summary: MetadataSummary) -> bytes:
+    """Returns the summary as the one JSON text that stands for it."""
+    return json.dumps(summary_to_json(summary), sort_keys=True, indent=1).encode()

@@ -1,0 +1,256 @@
+"""Synthesis: generators draw photographs for captions that follow each site's released summary, into shards.
+
+The work is cut into parts. A part is a pure function of (generator, seed, part number); its shard and then its receipt
+are written by the actor that drew it. A job that is run again draws only the parts without a receipt, so no photograph
+is lost or doubled.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import ray.data
+import torch
+
+from gretfound import fundus, lineage, metadata, shard, storage
+from gretfound.errors import LineageError
+from gretfound.generator.pipeline import load_pipeline
+from gretfound.generator.sampling import draw_photographs
+from gretfound.lineage import Contribution, Generator, Shard, ShardSet
+
+log = logging.getLogger(__name__)
+SUMMARY_NAME = "summary/metadata_summary.json"
+# Half the spread of a dark photograph's grey levels; a collapsed sample has next to none.
+MIN_SPREAD = 4.0
+SEED_HEX_DIGITS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One unit of work: images ``first_image`` to ``first_image + num_images`` of a generator's shard set."""
+
+    generator_id: str
+    contribution_id: str
+    site_id: str
+    run_uri: str
+    index: int
+    first_image: int
+    num_images: int
+
+    @property
+    def receipt_uri(self) -> str:
+        """Where the finished part is noted."""
+        return storage.join(self.run_uri, "parts", f"{self.index:06d}.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """A photograph to be drawn."""
+
+    caption: str
+    cells: Mapping[str, Any]
+    seed: int
+
+
+def cut_into_parts(
+    *, generator: Generator, contribution_id: str, run_uri: str, num_images: int, images_per_shard: int
+) -> list[Part]:
+    """Cuts a generator's images into parts of ``images_per_shard``; the last one may be smaller."""
+    return [
+        Part(
+            generator_id=generator.id,
+            contribution_id=contribution_id,
+            site_id=generator.site_id,
+            run_uri=run_uri,
+            index=index,
+            first_image=first,
+            num_images=min(images_per_shard, num_images - first),
+        )
+        for index, first in enumerate(range(0, num_images, images_per_shard))
+    ]
+
+
+def contribution_of(hub_uri: str, generator: Generator) -> Contribution:
+    """Returns the contribution that a generator was trained on.
+
+    Raises:
+        LineageError: If it has none, as a base generator has.
+    """
+    for parent_id in generator.parents:
+        if lineage.kind_of(parent_id) is Contribution:
+            return storage.read_record(hub_uri, parent_id, Contribution)
+    raise LineageError(f"{generator.id} was trained on no contribution, so there is no summary to draw captions from")
+
+
+def make_wishes(summary: metadata.MetadataSummary, part: Part, *, seed: int) -> list[Wish]:
+    """Draws the captions and seeds of a part from the site's released summary alone."""
+    key = [seed, part.generator_id, part.index]
+    rows = metadata.draw_cells(summary, num=part.num_images, seed=_seed_from(["cells", *key]))
+    return [
+        Wish(caption=metadata.caption(cells), cells=cells, seed=_seed_from(["image", *key, row]))
+        for row, cells in enumerate(rows)
+    ]
+
+
+def _seed_from(content: list[Any]) -> int:
+    return int(lineage.digest_of(content)[:SEED_HEX_DIGITS], 16)
+
+
+def judge(image: npt.NDArray[np.uint8]) -> str | None:
+    """Returns why a drawn photograph is no fundus photograph at all, or None if it passes."""
+    if float(image.std()) < MIN_SPREAD:
+        return "blank"
+    return "no field of view" if fundus.find_field_of_view(image) is None else None
+
+
+class Painter:
+    """Draws parts; one actor of the pool. It keeps the last generator loaded.
+
+    Args:
+        hub_uri: The hub.
+        seed: Seeds captions and images.
+        num_steps: Steps of the solver.
+        guidance_scale: Weight of the caption.
+        batch_size: Photographs drawn together.
+        jpeg_quality: 1 to 100; 0 stores PNG, without loss.
+        device: ``cpu`` or ``cuda``.
+        precision: ``float32`` or ``bfloat16``.
+    """
+
+    def __init__(
+        self,
+        *,
+        hub_uri: str,
+        seed: int,
+        num_steps: int,
+        guidance_scale: float,
+        batch_size: int,
+        jpeg_quality: int,
+        device: str,
+        precision: str,
+    ) -> None:
+        self._hub_uri, self._seed, self._jpeg_quality = hub_uri, seed, jpeg_quality
+        self._drawing = {"num_steps": num_steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
+        self._device, self._dtype = device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+        self._loaded: tuple[str, Any] = ("", None)
+
+    def __call__(self, parts: dict[str, npt.NDArray[Any]]) -> dict[str, list[Any]]:
+        """Draws each part that has no receipt yet; returns how many photographs each one holds."""
+        names = list(Part.__dataclass_fields__)
+        rows = [Part(**dict(zip(names, row, strict=True))) for row in zip(*(parts[n].tolist() for n in names), strict=True)]
+        for part in rows:
+            if not storage.exists(part.receipt_uri):
+                self._paint(part)
+        return {"num_images": [part.num_images for part in rows]}
+
+    def _paint(self, part: Part) -> None:
+        summary = read_summary(self._hub_uri, part.contribution_id)
+        wishes = make_wishes(summary, part, seed=self._seed)
+        drawn = draw_photographs(
+            pipeline=self._pipeline(part.generator_id),
+            captions=[wish.caption for wish in wishes],
+            seeds=[wish.seed for wish in wishes],
+            **self._drawing,
+        )
+        rejected: Counter[str] = Counter()
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for image, wish in zip(drawn, wishes, strict=True):
+                if reason := judge(image):
+                    rejected[reason] += 1
+                    continue
+                jpeg = self._jpeg_quality
+                yield shard.row_of(
+                    fundus.encode_jpeg(image, quality=jpeg) if jpeg else fundus.encode_png(image),
+                    site_id=part.site_id,
+                    origin="synthetic",
+                    cells=wish.cells,
+                    generator_id=part.generator_id,
+                    seed=wish.seed,
+                    prompt=wish.caption,
+                )
+
+        written = shard.write_shard(self._hub_uri, rows())
+        receipt = {"shard": asdict(written) if written.num_images else None, "rejected": dict(rejected)}
+        storage.write_json(part.receipt_uri, receipt)
+
+    def _pipeline(self, generator_id: str) -> Any:
+        if self._loaded[0] != generator_id:
+            record = storage.read_record(self._hub_uri, generator_id, Generator)
+            with storage.scratch_folder() as folder:
+                path = storage.fetch_folder(self._hub_uri, record, Path(folder))
+                self._loaded = (generator_id, load_pipeline(path, device=self._device, dtype=self._dtype))
+        return self._loaded[1]
+
+
+def read_summary(hub_uri: str, contribution_id: str) -> metadata.MetadataSummary:
+    """Reads the summary of its metadata that a site released with its contribution."""
+    uri = storage.join(hub_uri, Contribution.folder, contribution_id, SUMMARY_NAME)
+    return metadata.summary_from_json(storage.read_json(uri))
+
+
+def paint(
+    parts: Sequence[Part],
+    *,
+    num_actors: int,
+    cpus_per_actor: float,
+    gpus_per_actor: float,
+    on_progress: Callable[[int], None],
+    **painter: Any,
+) -> None:
+    """Draws parts with a pool of actors on the cluster; those that have a receipt are skipped.
+
+    Args:
+        parts: What to draw.
+        num_actors: Actors, each with a pipeline loaded.
+        cpus_per_actor: CPUs that each one reserves.
+        gpus_per_actor: GPUs that each one reserves.
+        on_progress: Told the number of photographs of each finished part.
+        painter: The arguments of `Painter`.
+    """
+    missing = [part for part in parts if not storage.exists(part.receipt_uri)]
+    on_progress(sum(part.num_images for part in parts) - sum(part.num_images for part in missing))
+    if not missing:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    drawn = ray.data.from_items([asdict(part) for part in missing], override_num_blocks=len(missing)).map_batches(
+        Painter,
+        fn_constructor_kwargs=painter,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(missing)), max_tasks_in_flight_per_actor=2),
+        num_cpus=cpus_per_actor,
+        num_gpus=gpus_per_actor,
+    )
+    for row in drawn.iter_rows():
+        on_progress(int(row["num_images"]))
+
+
+def gather(parts: Sequence[Part], *, generator: Generator, recipe_id: str) -> ShardSet:
+    """Makes the shard set of a generator's finished parts.
+
+    Raises:
+        LineageError: If every photograph was rejected.
+    """
+    receipts = [storage.read_json(part.receipt_uri) for part in parts]
+    shards = tuple(Shard(**receipt["shard"]) for receipt in receipts if receipt["shard"])
+    rejected: Counter[str] = Counter()
+    for receipt in receipts:
+        rejected.update(receipt["rejected"])
+    if not shards:
+        raise LineageError(f"{generator.id} drew no usable photograph; rejected: {dict(rejected)}; train it longer")
+    return ShardSet(
+        parents=(generator.id,),
+        recipe_id=recipe_id,
+        site_id=generator.site_id,
+        origin="synthetic",
+        num_images=sum(each.num_images for each in shards),
+        shards=shards,
+        rejected=dict(sorted(rejected.items())),
+    )

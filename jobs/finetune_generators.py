@@ -1,0 +1,321 @@
+"""Contribution -> generator: fine-tunes a base generator on the photographs of every site that sent them.
+
+    python -m jobs.finetune_generators conf/generator/finetune_demo.yaml hub_uri=runs/demo/hub base_id=generator-1f0c
+
+Every contribution of the form `images` gets one Ray Train run; a bounded number of runs is under way at a time, and one
+that fails leaves the others alone. HUB/runs/RECIPE/states.json tells how far each site is. A run that was cut short
+goes on from its last checkpoint when the same command is run again. The last line is the generator's id; with several
+sites, their generators' ids joined by commas. It fails at the end if any site's run failed.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gretfound.config import canonical, load, setting, to_yaml
+from gretfound.errors import ConfigError, GretfoundError, LineageError
+from jobs import console
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """The fine-tuning of one generator; progress and schedule are counted in images."""
+
+    method: str = setting("lora", "lora: low-rank factors; full: the whole UNet")
+    num_images_seen: int = setting(200_000, "photographs to train on, repeats counted")
+    batch_size: int = setting(16, "photographs a step, over all workers of a site")
+    learning_rate: float = setting(1e-4, "peak learning rate")
+    lora_rank: int = setting(16, "rank of the low-rank factors")
+    resolution_px: int | None = setting(None, "side of the square photographs, pixels; null: the base's own")
+    warmup_images: int = setting(0, "images over which the rate rises")
+    weight_decay: float = setting(0.01, "AdamW's")
+    caption_dropout: float = setting(0.1, "share of images that see the empty caption")
+    min_snr_gamma: float | None = setting(5.0, "min-SNR weighting; null: all times weigh alike")
+    precision: str = setting("float32", "float32 or bfloat16")
+    zero_stage: int | None = setting(None, "DeepSpeed ZeRO stage, 0 to 3; null: plain PyTorch, one worker a site")
+    checkpoint_every_images: int = setting(20_000, "images between checkpoints; 0: at the end only")
+    seed: int = setting(0, "decides factors, order and noise")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What one site's run takes of the cluster."""
+
+    num_workers: int = setting(1, "training workers of a site")
+    cpus_per_worker: float = setting(1.0, "CPUs that each one reserves")
+    gpus_per_worker: float = setting(0.0, "GPUs that each one reserves; 0 trains on CPU")
+    autoscaling: bool = setting(False, "whether the cluster adds nodes on demand")
+    max_failures: int = setting(3, "restarts of a site's run from its last checkpoint before it fails")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `finetune_generators` reads."""
+
+    hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
+    base_id: str = setting(help="record id of the base generator (jobs.build_base)")
+    site_ids: list[str] = setting([], "the sites to fine-tune for; empty: all that sent photographs")
+    max_concurrent: int = setting(8, "runs under way at a time, at most; fewer where the cluster holds fewer")
+    project: str = setting("gretfound", "the W&B project")
+    tuning: TuningConfig = setting(TuningConfig())
+    cluster: ClusterConfig = setting(ClusterConfig())
+
+    def __post_init__(self) -> None:
+        """Checks what spans keys."""
+        if self.tuning.method not in ("lora", "full"):
+            raise ConfigError(f"tuning.method={self.tuning.method!r} is neither lora nor full")
+        if self.tuning.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"tuning.precision={self.tuning.precision!r} is neither float32 nor bfloat16")
+        if self.tuning.zero_stage is None and self.cluster.num_workers > 1:
+            raise ConfigError(
+                f"cluster.num_workers={self.cluster.num_workers} needs tuning.zero_stage; null is one process"
+            )
+        if self.tuning.zero_stage not in (None, 0, 1, 2, 3):
+            raise ConfigError(f"tuning.zero_stage={self.tuning.zero_stage} is none of null, 0, 1, 2, 3")
+        if self.tuning.batch_size % self.cluster.num_workers:
+            raise ConfigError(
+                f"tuning.batch_size={self.tuning.batch_size} is not divisible by "
+                f"cluster.num_workers={self.cluster.num_workers}"
+            )
+        if self.max_concurrent < 1:
+            raise ConfigError(f"max_concurrent={self.max_concurrent} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One site's run."""
+
+    hub_uri: str
+    run_uri: str
+    recipe_id: str
+    site_id: str
+    contribution_id: str
+    shard_set_id: str
+    base_id: str
+    group: str
+    config: Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """How far one site's run is: ``waiting``, ``running``, ``finished`` or ``failed``."""
+
+    state: str
+    generator_id: str = ""
+    message: str = ""
+    wall_s: float = 0.0
+
+
+def finetune_on_worker(settings: dict[str, Any]) -> None:
+    """Runs on each Ray Train worker of a site: trains, and the first one writes the generator's record."""
+    import ray.train
+
+    from gretfound import fit, storage, tracking
+    from gretfound.generator import finetune, pipeline
+    from gretfound.lineage import Generator, ShardSet
+
+    work: Work = settings["work"]
+    is_first = ray.train.get_context().get_world_rank() == 0
+    tracker = tracking.Tracker(
+        work.run_uri,
+        run_id=work.recipe_id,
+        project=work.config.project,
+        group=work.group,
+        settings=canonical(work.config),
+        is_active=is_first,
+    )
+    with storage.scratch_folder() as folder, tracker:
+        scratch_path = Path(folder)
+        base = storage.read_record(work.hub_uri, work.base_id, Generator)
+        base_path = storage.fetch_folder(work.hub_uri, base, scratch_path / "base")
+        shard_set = storage.read_record(work.hub_uri, work.shard_set_id, ShardSet)
+        for index, each in enumerate(shard_set.shards):
+            path = scratch_path / "shards" / f"{index:06d}.parquet"
+            storage.download_file(storage.join(work.hub_uri, each.path), path, sha256=each.sha256)
+        adapter_path = finetune.finetune_locally(
+            base_path=base_path,
+            shard_path=scratch_path / "shards",
+            work_path=scratch_path / "work",
+            device="cuda" if work.config.cluster.gpus_per_worker else "cpu",
+            checkpoints=fit.RayCheckpoints(),
+            on_progress=lambda progress: tracker.write(asdict(progress)),
+            **asdict(work.config.tuning),
+        )
+        if is_first:
+            terms = pipeline.read_adapter_terms(adapter_path)
+            record = Generator(
+                parents=(work.contribution_id, work.base_id),
+                recipe_id=work.recipe_id,
+                site_id=work.site_id,
+                base_id=work.base_id,
+                method=terms.method,
+                resolution_px=terms.resolution_px,
+                num_images=terms.num_images,
+                images_seen=terms.images_seen,
+                final_loss=terms.final_loss,
+            )
+            generator_path = pipeline.install_adapter(base_path, adapter_path, scratch_path / "generator")
+            storage.publish_folder(work.hub_uri, generator_path, record)
+
+
+def finetune_site(work: Work) -> State:
+    """Drives one site's Ray Train run to its end and says how it ended."""
+    import ray.train
+
+    from gretfound import fit, storage
+    from gretfound.lineage import Generator
+
+    began_s = time.monotonic()
+    try:
+        fit.run(
+            finetune_on_worker,
+            {"work": work},
+            run_uri=work.run_uri,
+            name=work.recipe_id,
+            **asdict(work.config.cluster),
+        )
+    except ray.train.WorkerGroupError as error:
+        causes = {f"{type(cause).__name__}: {cause}".splitlines()[-1] for cause in error.worker_failures.values()}
+        return State(state="failed", message="; ".join(sorted(causes)), wall_s=time.monotonic() - began_s)
+    except (ray.train.TrainingFailedError, GretfoundError) as error:
+        return State(state="failed", message=f"{type(error).__name__}: {error}", wall_s=time.monotonic() - began_s)
+    record = storage.finished_record(work.hub_uri, work.recipe_id, Generator)
+    if record is None:
+        return State(state="failed", message="the run ended without a record", wall_s=time.monotonic() - began_s)
+    return State(state="finished", generator_id=record.id, wall_s=time.monotonic() - began_s)
+
+
+def drive(works: list[Work], *, window: int, states_uri: str) -> dict[str, State]:
+    """Drives all runs, ``window`` at a time; returns and keeps writing the state of each one.
+
+    A site's driver is a task without CPUs of its own, so that Ray Train's controllers, which stay on their driver's
+    node, spread over the cluster with it.
+    """
+    import ray
+    import ray.exceptions
+    from tqdm import tqdm
+
+    from gretfound import storage
+
+    states = {work.recipe_id: State(state="waiting") for work in works}
+    waiting, running = list(works), {}
+    remote = ray.remote(num_cpus=0, max_retries=0)(finetune_site)
+    with tqdm(total=len(works), desc="fine-tuning", unit="site") as bar:
+        while waiting or running:
+            while waiting and len(running) < window:
+                work = waiting.pop(0)
+                running[remote.remote(work)] = work
+                states[work.recipe_id] = State(state="running")
+            write_states(states_uri, works, states)
+            done, _ = ray.wait(list(running))
+            for reference in done:
+                work = running.pop(reference)
+                try:
+                    states[work.recipe_id] = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    lost = str(error).splitlines()[0]
+                    states[work.recipe_id] = State(state="failed", message=f"its driver was lost: {lost}")
+                bar.update()
+    write_states(states_uri, works, states)
+    return states
+
+
+def write_states(uri: str, works: list[Work], states: Mapping[str, State]) -> None:
+    """Writes the table of sites and states."""
+    from gretfound import storage
+
+    storage.write_json(uri, [{"site_id": work.site_id, **asdict(states[work.recipe_id])} for work in works])
+
+
+def window_for(config: Config, available: Mapping[str, float]) -> int:
+    """Returns how many runs the cluster holds at a time, at most ``max_concurrent``, at least one."""
+    cluster = config.cluster
+    if cluster.autoscaling:
+        return config.max_concurrent
+    needs = {"CPU": cluster.num_workers * cluster.cpus_per_worker, "GPU": cluster.num_workers * cluster.gpus_per_worker}
+    fits = [int(available.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items() if amount]
+    return max(1, min([config.max_concurrent, *fits]))
+
+
+def plan(config: Config, hub_uri: str) -> list[Work]:
+    """Lists the runs that the configuration asks for: one for each contribution of photographs.
+
+    Raises:
+        LineageError: If a site in ``site_ids`` sent none.
+    """
+    from gretfound import lineage, storage
+    from gretfound.lineage import Contribution, Generator, ShardSet
+
+    base = storage.read_record(hub_uri, config.base_id, Generator)
+    wanted = set(config.site_ids)
+    contributions = [
+        each
+        for each in storage.read_records(hub_uri, Contribution)
+        if each.form == "images" and (not wanted or each.site_id in wanted)
+    ]
+    absent = sorted(wanted - {each.site_id for each in contributions})
+    if absent or not contributions:
+        raise LineageError(f"no photographs were contributed by {absent or 'any site'}; run jobs.intake first")
+    of_contribution = {each.parents[0]: each for each in storage.read_records(hub_uri, ShardSet) if each.origin == "real"}
+    group = lineage.recipe_id("finetune_generators", canonical(config.tuning), [each.id for each in contributions])
+    works = []
+    for contribution in sorted(contributions, key=lambda each: (each.site_id, each.id)):
+        if contribution.id not in of_contribution:
+            raise LineageError(f"{contribution.id} of {contribution.site_id} has no shard set; run jobs.intake again")
+        shard_set = of_contribution[contribution.id]
+        parents = [base.id, contribution.id, shard_set.id]
+        recipe = lineage.recipe_id("finetune_generator", canonical(config.tuning), parents)
+        works.append(
+            Work(
+                hub_uri=hub_uri,
+                run_uri=storage.run_uri(hub_uri, recipe),
+                recipe_id=recipe,
+                site_id=contribution.site_id,
+                contribution_id=contribution.id,
+                shard_set_id=shard_set.id,
+                base_id=base.id,
+                group=group,
+                config=config,
+            )
+        )
+    return works
+
+
+def main(argv: list[str]) -> str:
+    """Runs the job; returns the generators' ids, joined by commas."""
+    config = load(Config, argv)
+    from gretfound import fit, storage
+    from gretfound.lineage import Generator
+
+    hub_uri = storage.normalised(config.hub_uri)
+    works = plan(config, hub_uri)
+    finished = {work.recipe_id: storage.finished_record(hub_uri, work.recipe_id, Generator) for work in works}
+    unfinished = [work for work in works if finished[work.recipe_id] is None]
+    if unfinished:
+        for work in unfinished:
+            storage.write_bytes(storage.join(work.run_uri, "config.yaml"), to_yaml(config).encode())
+        console.start_ray()
+        import ray
+
+        fit.check_resources(**{name: value for name, value in asdict(config.cluster).items() if name != "max_failures"})
+        states = drive(
+            unfinished,
+            window=window_for(config, ray.cluster_resources()),
+            states_uri=storage.join(storage.run_uri(hub_uri, works[0].group), "states.json"),
+        )
+        failed = {work.site_id: states[work.recipe_id].message for work in unfinished
+                  if states[work.recipe_id].state == "failed"}  # fmt: skip
+        if failed:
+            told = "\n".join(f"  - {site_id}: {message}" for site_id, message in failed.items())
+            raise GretfoundError(f"{len(failed)} of {len(works)} sites failed; the others are finished:\n{told}")
+        finished |= {
+            work.recipe_id: storage.read_record(hub_uri, states[work.recipe_id].generator_id, Generator)
+            for work in unfinished
+        }
+    return ",".join(record.id for record in finished.values() if record is not None)
+
+
+if __name__ == "__main__":
+    console.run(Config, main)

@@ -1,0 +1,116 @@
+"""Generator -> shard set: draws photographs whose captions follow each site's released summary.
+
+    python -m jobs.synthesize conf/generator/synthesize_demo.yaml hub_uri=runs/demo/hub
+    python -m jobs.synthesize hub_uri=s3://hub generator_ids=[generator-1f0c] num_images=100000 num_actors=8 \
+        gpus_per_actor=1 precision=bfloat16
+
+Without generator_ids every generator of a site draws. Parts that an earlier run finished are kept. The last line is the
+shard set's id; with several generators, their shard sets' ids joined by commas.
+"""
+
+from dataclasses import dataclass
+
+from gretfound.config import canonical, load, setting, to_yaml
+from gretfound.errors import ConfigError
+from jobs import console
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `synthesize` reads."""
+
+    hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
+    generator_ids: list[str] = setting([], "generator record ids; empty: the generators of all sites")
+    num_images: int = setting(10_000, "photographs to draw from each generator")
+    seed: int = setting(0, "decides captions and first latents")
+    num_steps: int = setting(20, "steps of DPM-Solver++")
+    guidance_scale: float = setting(3.0, "weight of the caption; 1: no guidance")
+    images_per_shard: int = setting(4096, "photographs a shard, and lost at most when an actor dies")
+    jpeg_quality: int = setting(95, "1 to 100; 0: PNG, without loss")
+    batch_size: int = setting(16, "photographs that an actor draws together")
+    num_actors: int = setting(1, "actors that draw, each with a pipeline loaded")
+    cpus_per_actor: float = setting(1.0, "CPUs that each one reserves")
+    gpus_per_actor: float = setting(0.0, "GPUs that each one reserves; 0 draws on CPU")
+    precision: str = setting("float32", "float32 or bfloat16")
+    autoscaling: bool = setting(False, "whether the cluster adds nodes on demand")
+
+    def __post_init__(self) -> None:
+        """Checks what one key cannot."""
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision={self.precision!r} is neither float32 nor bfloat16")
+        if min(self.num_images, self.num_steps, self.images_per_shard, self.batch_size, self.num_actors) < 1:
+            raise ConfigError("num_images, num_steps, images_per_shard, batch_size and num_actors must be at least 1")
+        if not 0 <= self.jpeg_quality <= 100:
+            raise ConfigError(f"jpeg_quality={self.jpeg_quality} is not within 0 to 100")
+
+
+# What an image depends on; everything else only says where and how fast it is drawn.
+RESULT_KEYS = (
+    "num_images", "seed", "num_steps", "guidance_scale", "images_per_shard", "jpeg_quality", "precision"
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> str:
+    """Runs the job; returns the shard sets' ids, joined by commas."""
+    config = load(Config, argv)
+    from tqdm import tqdm
+
+    from gretfound import fit, lineage, storage, synthesis
+    from gretfound.lineage import Generator, ShardSet
+
+    hub_uri = storage.normalised(config.hub_uri)
+    generators = (
+        [storage.read_record(hub_uri, generator_id, Generator) for generator_id in config.generator_ids]
+        if config.generator_ids
+        else [record for record in storage.read_records(hub_uri, Generator) if record.site_id]
+    )
+    if not generators:
+        raise ConfigError("the hub holds no site's generator; run jobs.finetune_generators, or jobs.intake for weights")
+    settings = {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}
+    recipes = {each.id: lineage.recipe_id("synthesize", settings, [each.id]) for each in generators}
+    shard_sets = {each.id: storage.finished_record(hub_uri, recipes[each.id], ShardSet) for each in generators}
+    unfinished = [each for each in generators if shard_sets[each.id] is None]
+    parts = {}
+    for generator in unfinished:
+        run_uri = storage.run_uri(hub_uri, recipes[generator.id])
+        storage.write_bytes(storage.join(run_uri, "config.yaml"), to_yaml(config).encode())
+        parts[generator.id] = synthesis.cut_into_parts(
+            generator=generator,
+            contribution_id=synthesis.contribution_of(hub_uri, generator).id,
+            run_uri=run_uri,
+            num_images=config.num_images,
+            images_per_shard=config.images_per_shard,
+        )
+    if unfinished:
+        console.start_ray()
+        fit.check_resources(
+            num_workers=config.num_actors,
+            cpus_per_worker=config.cpus_per_actor,
+            gpus_per_worker=config.gpus_per_actor,
+            autoscaling=config.autoscaling,
+        )
+        with tqdm(total=config.num_images * len(unfinished), desc="drawing", unit="image") as bar:
+            synthesis.paint(
+                [part for each in parts.values() for part in each],
+                num_actors=config.num_actors,
+                cpus_per_actor=config.cpus_per_actor,
+                gpus_per_actor=config.gpus_per_actor,
+                on_progress=bar.update,
+                hub_uri=hub_uri,
+                seed=config.seed,
+                num_steps=config.num_steps,
+                guidance_scale=config.guidance_scale,
+                batch_size=config.batch_size,
+                jpeg_quality=config.jpeg_quality,
+                device="cuda" if config.gpus_per_actor else "cpu",
+                precision=config.precision,
+            )
+    for generator in unfinished:
+        shard_set = synthesis.gather(parts[generator.id], generator=generator, recipe_id=recipes[generator.id])
+        storage.write_record(hub_uri, shard_set)
+        shard_sets[generator.id] = shard_set
+    return ",".join(record.id for record in shard_sets.values() if record is not None)
+
+
+if __name__ == "__main__":
+    console.run(Config, main)

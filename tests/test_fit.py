@@ -1,0 +1,215 @@
+"""The training loop: schedules, resuming, and ZeRO on two workers against plain PyTorch in one process."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.train
+import torch
+from torch import Tensor, nn
+
+from gretfound import fit, storage
+from gretfound.encoder.architecture import build_encoder
+from gretfound.encoder.mae import MaskedAutoencoder
+from gretfound.errors import ConfigError, NonFiniteLoss
+
+BATCH_SIZE, NUM_IMAGES = 8, 96
+
+
+def autoencoder() -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    encoder = build_encoder("vit_tiny_patch16_224", image_size_px=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    return MaskedAutoencoder(encoder, decoder_width=32, decoder_depth=1, decoder_num_heads=4)
+
+
+def image_at(position: int) -> Tensor:
+    generator = torch.Generator().manual_seed(position % 16)
+    coarse = torch.rand(3, 4, 4, generator=generator)
+    return (nn.functional.interpolate(coarse[None], size=32, mode="bilinear")[0] * 255).to(torch.uint8)
+
+
+def batches_of(rank: int, num_workers: int, micro_batch: int) -> Callable[[int], Iterator[dict[str, Tensor]]]:
+    """Deals positions as `gretfound.corpus.stream` does: of each step a stretch to each worker, in micro-batches."""
+    share = BATCH_SIZE // num_workers
+
+    def batches(start: int) -> Iterator[dict[str, Tensor]]:
+        for first in range(start, NUM_IMAGES, BATCH_SIZE):
+            for offset in range(rank * share, (rank + 1) * share, micro_batch):
+                positions = [first + offset + place for place in range(micro_batch)]
+                yield {"image": torch.stack([image_at(each) for each in positions]), "position": torch.tensor(positions)}
+
+    return batches
+
+
+SETTINGS: dict[str, Any] = {
+    "num_images": NUM_IMAGES,
+    "batch_size": BATCH_SIZE,
+    "peak_lr": 3e-3,
+    "warmup_images": 16,
+    "clip_norm": 1.0,
+    "progress_every_s": -1.0,
+}
+
+
+def plain_losses() -> list[float]:
+    losses: list[float] = []
+    fit.train(autoencoder(), batches_of(0, 1, 8), on_progress=lambda each: losses.append(each.loss), **SETTINGS)
+    return losses
+
+
+def test_train__is_what_a_loop_written_by_hand_does() -> None:
+    objective = autoencoder()
+    matrices = [each for each in objective.parameters() if each.requires_grad and each.ndim > 1]
+    vectors = [each for each in objective.parameters() if each.requires_grad and each.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    expected = []
+    for step, batch in enumerate(batches_of(0, 1, 8)(0)):
+        seen = step * BATCH_SIZE
+        rate = 3e-3 * seen / 16 if seen < 16 else 3e-3 * 0.5 * (1 + math.cos(math.pi * (seen - 16) / (NUM_IMAGES - 16)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss = objective(**batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        expected.append(loss.item())
+    assert plain_losses() == pytest.approx(expected, rel=1e-6)
+    assert expected[-1] < 0.98 * expected[0]
+
+
+def test_train__accumulation_gives_the_same_losses() -> None:
+    losses: list[float] = []
+    fit.train(
+        autoencoder(), batches_of(0, 1, 2), accumulation=4, on_progress=lambda each: losses.append(each.loss), **SETTINGS
+    )
+    assert losses == pytest.approx(plain_losses(), rel=1e-4)
+
+
+class Interrupted(Exception):
+    """Stands for a killed process."""
+
+
+def test_train__resumed_equals_undisturbed(tmp_path: Path) -> None:
+    undisturbed = fit.train(autoencoder(), batches_of(0, 1, 8), **SETTINGS)
+
+    def interrupt_at(images_seen: int) -> Callable[[fit.Progress], None]:
+        def stop(progress: fit.Progress) -> None:
+            if progress.images_seen == images_seen:
+                raise Interrupted
+
+        return stop
+
+    for stop_at in (24, 64):
+        with pytest.raises(Interrupted):
+            fit.train(
+                autoencoder(),
+                batches_of(0, 1, 8),
+                checkpoints=fit.LocalCheckpoints(tmp_path),
+                checkpoint_every_images=16,
+                on_progress=interrupt_at(stop_at),
+                **SETTINGS,
+            )
+    resumed = fit.train(
+        autoencoder(), batches_of(0, 1, 8), checkpoints=fit.LocalCheckpoints(tmp_path), **SETTINGS
+    )
+    assert resumed.final_loss == undisturbed.final_loss
+    assert resumed.weights.keys() == undisturbed.weights.keys()
+    for name, weight in resumed.weights.items():
+        assert torch.equal(weight, undisturbed.weights[name]), name
+    assert len(list(tmp_path.iterdir())) == 1, "older checkpoints are removed"
+
+
+class Diverging(nn.Module):
+    """An objective whose loss becomes infinite at the fourth step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, image: Tensor, position: Tensor) -> Tensor:
+        return self.weight.sum() * (torch.inf if position.max() >= 24 else 1.0)
+
+
+def test_train__non_finite_loss_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match="images_000000000000016"):
+        fit.train(
+            Diverging(),
+            batches_of(0, 1, 8),
+            checkpoints=fit.LocalCheckpoints(tmp_path),
+            checkpoint_every_images=16,
+            **SETTINGS,
+        )
+
+
+def test_train__a_stream_that_ends_early_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="ended after 0 images"):
+        fit.train(autoencoder(), lambda start: iter(()), **SETTINGS)
+
+
+def test_train__bfloat16_follows_float32() -> None:
+    losses: list[float] = []
+    fit.train(
+        autoencoder(),
+        batches_of(0, 1, 8),
+        precision="bfloat16",
+        on_progress=lambda each: losses.append(each.loss),
+        **SETTINGS,
+    )
+    assert losses == pytest.approx(plain_losses(), rel=0.03)
+
+
+def test_learning_rate_at__warms_up_and_decays() -> None:
+    settings: dict[str, Any] = {"num_images": 1000, "peak_lr": 2.0, "warmup_images": 100, "final_lr": 0.5}
+    rates = [fit.learning_rate_at(seen, **settings) for seen in (0, 50, 100, 550, 1000)]
+    assert rates == pytest.approx([0.0, 1.0, 2.0, 1.25, 0.5])
+
+
+def every_zero_stage(settings: dict[str, Any]) -> None:
+    """Runs on each of two Ray Train workers: the same training under each ZeRO stage, losses into the run's folder."""
+    rank = ray.train.get_context().get_world_rank()
+    for stage in (0, 1, 2, 3):
+        losses: list[float] = []
+        summary = fit.train(
+            autoencoder(),
+            batches_of(rank, 2, 2),
+            accumulation=2,
+            zero_stage=stage,
+            on_progress=lambda each, losses=losses: losses.append(each.loss),  # type: ignore[misc]
+            **SETTINGS,
+        )
+        if rank == 0:
+            norms = {name: float(weight.norm()) for name, weight in summary.weights.items()}
+            storage.write_json(f"{settings['folder']}/{stage}.json", {"losses": losses, "norms": norms})
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_run__zero_0_1_2_3_on_two_workers_equal_plain_pytorch(tmp_path: Path) -> None:
+    fit.run(
+        every_zero_stage,
+        {"folder": str(tmp_path / "losses")},
+        run_uri=str(tmp_path),
+        name="zero",
+        num_workers=2,
+        cpus_per_worker=0.9,
+        max_failures=0,
+    )
+    summary = fit.train(autoencoder(), batches_of(0, 1, 8), **SETTINGS)
+    expected = plain_losses()
+    for stage in (0, 1, 2, 3):
+        found = storage.read_json(str(tmp_path / "losses" / f"{stage}.json"))
+        np.testing.assert_allclose(found["losses"], expected, rtol=2e-4, err_msg=f"ZeRO stage {stage}")
+        assert found["norms"].keys() == summary.weights.keys()
+        for name, weight in summary.weights.items():
+            assert found["norms"][name] == pytest.approx(float(weight.norm()), rel=1e-3), (stage, name)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_check_resources__refuses_what_the_cluster_cannot_hold() -> None:
+    with pytest.raises(ConfigError, match=r"required 400 for 100 worker"):
+        fit.check_resources(num_workers=100, cpus_per_worker=4.0)
