@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ DME_WORDS = ("no diabetic macular edema", "mild diabetic macular edema", "severe
 class Column:
     """One known column of ``metadata.csv``.
 
-    ``words`` maps each canonical value to the ways in which the field writes it; ``kind`` decides how other text is read.
+    ``words`` maps each canonical value to the ways in which the field writes it; ``kind`` says how other text is read.
     """
 
     name: str
@@ -185,7 +185,7 @@ COLUMNS: tuple[Column, ...] = (
         name="DME",
         key="dme",
         kind="grade",
-        help="diabetic macular edema, 0 none, 1 mild or moderate (away from the centre), 2 severe (centre involved); M0, M1",
+        help="diabetic macular edema: 0 none, 1 mild or moderate (off centre), 2 severe (centre involved); M0, M1",
         words={
             0: (
                 "no dme",
@@ -345,8 +345,8 @@ def parse_cell(column: Column, text: str) -> Any:
     """Parses one cell.
 
     Returns:
-        The canonical value: int for a grade, float for a number, bool for yes/no, str otherwise; None where it is blank.
-        A DR cell without a grade gives ``"present"``.
+        The canonical value: int for a grade, float for a number, bool for yes/no, str otherwise; None where it is
+        blank. A DR cell without a grade gives ``"present"``.
 
     Raises:
         ValueError: With the reason, if the text is not understood; it is never guessed.
@@ -631,11 +631,8 @@ def caption_words() -> list[str]:
 
 # The summary that leaves a site.
 
-SUMMARY_KEYS = tuple(
-    column.key
-    for column in COLUMNS
-    if column.kind in ("word", "grade", "yes/no") or column.key in ("country", "camera")
-) + ("ethnicity", "dr_present", "age_band")
+_COUNTED_KINDS = ("word", "grade", "yes/no", "short text")
+SUMMARY_KEYS = (*(column.key for column in COLUMNS if column.kind in _COUNTED_KINDS), "dr_present", "age_band")
 PAIRS = (("dr", "age_band"), ("dr", "sex"), ("sex", "age_band"), ("glaucoma", "age_band"))
 _BLANK = ""
 

@@ -123,7 +123,12 @@ def read_lineage(hub_uri: str, record: Record) -> list[dict[str, Any]]:
         current = waiting.pop(0)
         if current.id in found:
             continue
-        entry: dict[str, Any] = {"id": current.id, "kind": current.kind, "parents": list(current.parents), "summary": _summary(current)}
+        entry: dict[str, Any] = {
+            "id": current.id,
+            "kind": current.kind,
+            "parents": list(current.parents),
+            "summary": _summary(current),
+        }
         if isinstance(current, ShardSet):
             entry |= {"site_id": current.site_id, "origin": current.origin, "num_images": current.num_images}
         found[current.id] = entry

@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EXIT_FIT, EXIT_NOT_FIT, EXIT_USAGE = 0, 1, 2
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 KEY_BYTES = 32
+MEASUREMENTS = ("hba1c", "sbp", "field_of_view")
 FORM_LEAVES = {
     "weights": "the numbers that a generator learned, and counts; no photograph",
     "images": "de-identified photographs with their metadata under pseudonyms",
@@ -201,7 +202,14 @@ def contribute(
     if form == "images":
         key = _site_key(key_path or _default_key_path(site_id))
         tasks = [
-            _Task(photograph=each, site_id=site_id, key=key, jpeg_quality=recipe.jpeg_quality) for each in found.usable
+            _Task(
+                path=each.path,
+                cells=_sent_cells(summary, each.cells, key),
+                site_id=site_id,
+                key=key,
+                jpeg_quality=recipe.jpeg_quality,
+            )
+            for each in found.usable
         ]
         _write_real_shards(tasks, staging_path / "shards", work_path, "de-identifying")
         base_sha256 = ""
@@ -314,24 +322,32 @@ def _write_parts(
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """One photograph for a worker process; ``key`` is None for the training at the site, which keeps the file as it is."""
+    """One photograph for a worker process; ``key`` is None for training at the site, which reads the file as it is."""
 
-    photograph: Usable
+    path: Path
+    cells: dict[str, Any]
     site_id: str
     key: bytes | None
     jpeg_quality: int
 
 
 def _row_of(task: _Task) -> dict[str, Any]:
-    encoded = task.photograph.path.read_bytes()
-    cells = task.photograph.cells
+    encoded = task.path.read_bytes()
     if task.key is not None:
         encoded = deidentify.rematerialise(encoded)
         if task.jpeg_quality:
             encoded = fundus.encode_jpeg(fundus.decode_photograph(encoded), quality=task.jpeg_quality)
-        if "patient" in cells:
-            cells = cells | {"patient": deidentify.pseudonym(task.key, cells["patient"])}
-    return shard.row_of(encoded, site_id=task.site_id, origin="real", cells=cells)
+    return shard.row_of(encoded, site_id=task.site_id, origin="real", cells=task.cells)
+
+
+def _sent_cells(summary: metadata.MetadataSummary, cells: dict[str, Any], key: bytes) -> dict[str, Any]:
+    """Returns the cells that leave with a photograph: released values, measurements, and the patient's pseudonym.
+
+    Free text that few patients share, visits and exact ages do not leave.
+    """
+    measured = {name: cells[name] for name in MEASUREMENTS if name in cells}
+    person = {"patient": deidentify.pseudonym(key, cells["patient"])} if "patient" in cells else {}
+    return metadata.released_cells(summary, cells) | measured | person
 
 
 def _write_real_shards(tasks: Sequence[_Task], shards_path: Path, work_path: Path, doing: str) -> None:
@@ -368,8 +384,10 @@ def _trained(
     from gretfound.generator import finetune, pipeline
 
     base_path = pipeline.fetch_base(base, hub_uri=None, folder_path=work_path / "base")
-    known = [replace(each, cells=metadata.released_cells(summary, each.cells)) for each in photographs]
-    tasks = [_Task(photograph=each, site_id="", key=None, jpeg_quality=0) for each in known]
+    tasks = [
+        _Task(path=each.path, cells=metadata.released_cells(summary, each.cells), site_id="", key=None, jpeg_quality=0)
+        for each in photographs
+    ]
     _write_real_shards(tasks, work_path / "photographs", work_path, "reading")
     metrics_path = work_path / "metrics.jsonl"
     with (

@@ -136,14 +136,20 @@ class Painter:
         precision: str,
     ) -> None:
         self._hub_uri, self._seed, self._jpeg_quality = hub_uri, seed, jpeg_quality
-        self._drawing = {"num_steps": num_steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
+        self._drawing: dict[str, Any] = {
+            "num_steps": num_steps,
+            "guidance_scale": guidance_scale,
+            "batch_size": batch_size,
+        }
         self._device, self._dtype = device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
         self._loaded: tuple[str, Any] = ("", None)
 
     def __call__(self, parts: dict[str, npt.NDArray[Any]]) -> dict[str, list[Any]]:
         """Draws each part that has no receipt yet; returns how many photographs each one holds."""
         names = list(Part.__dataclass_fields__)
-        rows = [Part(**dict(zip(names, row, strict=True))) for row in zip(*(parts[n].tolist() for n in names), strict=True)]
+        rows = [
+            Part(**dict(zip(names, row, strict=True))) for row in zip(*(parts[n].tolist() for n in names), strict=True)
+        ]
         for part in rows:
             if not storage.exists(part.receipt_uri):
                 self._paint(part)
@@ -201,7 +207,7 @@ def paint(
     num_actors: int,
     cpus_per_actor: float,
     gpus_per_actor: float,
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[int], object],
     **painter: Any,
 ) -> None:
     """Draws parts with a pool of actors on the cluster; those that have a receipt are skipped.

@@ -197,10 +197,9 @@ def drive(works: list[Work], *, window: int, states_uri: str) -> dict[str, State
     import ray.exceptions
     from tqdm import tqdm
 
-    from gretfound import storage
-
     states = {work.recipe_id: State(state="waiting") for work in works}
-    waiting, running = list(works), {}
+    waiting = list(works)
+    running: dict[Any, Work] = {}
     remote = ray.remote(num_cpus=0, max_retries=0)(finetune_site)
     with tqdm(total=len(works), desc="fine-tuning", unit="site") as bar:
         while waiting or running:
@@ -258,7 +257,9 @@ def plan(config: Config, hub_uri: str) -> list[Work]:
     absent = sorted(wanted - {each.site_id for each in contributions})
     if absent or not contributions:
         raise LineageError(f"no photographs were contributed by {absent or 'any site'}; run jobs.intake first")
-    of_contribution = {each.parents[0]: each for each in storage.read_records(hub_uri, ShardSet) if each.origin == "real"}
+    of_contribution = {
+        each.parents[0]: each for each in storage.read_records(hub_uri, ShardSet) if each.origin == "real"
+    }
     group = lineage.recipe_id("finetune_generators", canonical(config.tuning), [each.id for each in contributions])
     works = []
     for contribution in sorted(contributions, key=lambda each: (each.site_id, each.id)):

@@ -9,6 +9,7 @@ The last line is the id of the contribution, or, of several packages, an id over
 (`intake-HEX`; HUB/runs/intake-HEX/outcomes.json lists them). It fails only if no package was admitted.
 """
 
+import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -190,6 +191,17 @@ def _publish(hub_uri: str, opened_path: Path, manifest: "Manifest", package_sha2
     else:
         _publish_generator(hub_uri, kept_path / "weights", manifest, contribution)
     return storage.publish_folder(hub_uri, kept_path, record)
+
+
+def _require_summary(path: Path) -> None:
+    from gretfound import metadata
+
+    try:
+        metadata.summary_from_json(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise ContributionRejected(
+            "BAD_SUMMARY", "the metadata summary is not of this version; update gretfound-site and contribute again"
+        ) from error
 
 
 def _files_of(folder_path: Path) -> "tuple[File, ...]":

@@ -165,8 +165,8 @@ def test_open_package__rejects_hostile_members(package: Package, tmp_path: Path,
     assert _code_of(path, tmp_path / "opened") == code
 
 
-def test_open_package__rejects_an_archive_of_very_many_members_at_once(package: Package, tmp_path: Path) -> None:
-    many = [_member(f"shards/part-{index:05d}.parquet") for index in range(100_000)]
+def test_open_package__rejects_an_archive_without_a_manifest_at_once(package: Package, tmp_path: Path) -> None:
+    many = [_member(f"shards/part-{index:05d}.parquet") for index in range(2_000)]
     with tarfile.open(tmp_path / "many.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
         for described, content in many:
             archive.addfile(described, io.BytesIO(content))
@@ -199,8 +199,8 @@ def _with_manifest(package: Package, path: Path, change: Callable[[dict[str, Any
         (lambda manifest: manifest["files"][0].update(size_bytes=7), "SIZE_MISMATCH"),
         (lambda manifest: manifest["files"][0].update(size_bytes=2**60), "TOO_LARGE"),
         (lambda manifest: manifest["files"][0].update(path="shards/../x"), "NOT_ALLOWED"),
-        (lambda manifest: manifest["files"][0].update(path="weights/code.py"), "NOT_ALLOWED"),
-        (lambda manifest: manifest["files"][0].update(path="weights/adapter.bin"), "NOT_ALLOWED"),
+        (lambda manifest: manifest["files"][0].update(path="shards/code.py"), "NOT_ALLOWED"),
+        (lambda manifest: manifest["files"][0].update(path="shards/part-00000.bin"), "NOT_ALLOWED"),
         (lambda manifest: manifest["files"].pop(), "MISSING_MEMBER"),
         (lambda manifest: manifest["files"].reverse(), "OUT_OF_ORDER"),
         (lambda manifest: manifest["files"].insert(0, manifest["files"][0]), "OUT_OF_ORDER"),
@@ -211,6 +211,16 @@ def test_open_package__rejects_a_dishonest_manifest(
 ) -> None:
     path = _with_manifest(package, tmp_path / "dishonest.tar", change)
     assert _code_of(path, tmp_path / "opened") == code
+
+
+def test_open_package__rejects_a_manifest_of_too_many_members(package: Package, tmp_path: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        shard_file = manifest["files"][0]
+        more = [shard_file | {"path": f"shards/part-{index:05d}.parquet"} for index in range(100)]
+        manifest["files"] = [*more, manifest["files"][1]]
+
+    path = _with_manifest(package, tmp_path / "many.tar", change)
+    assert _code_of(path, tmp_path / "opened") == "TOO_MANY_MEMBERS"
 
 
 def test_open_package__rejects_a_duplicate_key(package: Package, tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ def batches_of(rank: int, num_workers: int, micro_batch: int) -> Callable[[int],
         for first in range(start, NUM_IMAGES, BATCH_SIZE):
             for offset in range(rank * share, (rank + 1) * share, micro_batch):
                 positions = [first + offset + place for place in range(micro_batch)]
-                yield {"image": torch.stack([image_at(each) for each in positions]), "position": torch.tensor(positions)}
+                yield {
+                    "image": torch.stack([image_at(each) for each in positions]),
+                    "position": torch.tensor(positions),
+                }
 
     return batches
 
@@ -86,7 +89,11 @@ def test_train__is_what_a_loop_written_by_hand_does() -> None:
 def test_train__accumulation_gives_the_same_losses() -> None:
     losses: list[float] = []
     fit.train(
-        autoencoder(), batches_of(0, 1, 2), accumulation=4, on_progress=lambda each: losses.append(each.loss), **SETTINGS
+        autoencoder(),
+        batches_of(0, 1, 2),
+        accumulation=4,
+        on_progress=lambda each: losses.append(each.loss),
+        **SETTINGS,
     )
     assert losses == pytest.approx(plain_losses(), rel=1e-4)
 
@@ -115,9 +122,7 @@ def test_train__resumed_equals_undisturbed(tmp_path: Path) -> None:
                 on_progress=interrupt_at(stop_at),
                 **SETTINGS,
             )
-    resumed = fit.train(
-        autoencoder(), batches_of(0, 1, 8), checkpoints=fit.LocalCheckpoints(tmp_path), **SETTINGS
-    )
+    resumed = fit.train(autoencoder(), batches_of(0, 1, 8), checkpoints=fit.LocalCheckpoints(tmp_path), **SETTINGS)
     assert resumed.final_loss == undisturbed.final_loss
     assert resumed.weights.keys() == undisturbed.weights.keys()
     for name, weight in resumed.weights.items():

@@ -55,7 +55,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """One row of a labelled site folder; ``number`` counts from 1, as the rows below the header of its CSV."""
+    """One row of a labelled site folder; ``number`` is its line in the CSV, ``uri`` empty where the file is absent."""
 
     number: int
     uri: str
@@ -190,7 +190,7 @@ def read_evaluation_set(uri: str) -> EvaluationSet:
         uri: A folder or bucket prefix with ``metadata.csv`` and ``traindata/``; its last part becomes the name.
 
     Raises:
-        StorageError: If there is no ``metadata.csv``, or no row.
+        StorageError: If there is no ``metadata.csv``, it has no column ``Image``, or no row.
     """
     csv_bytes = storage.read_bytes(storage.join(uri, "metadata.csv"))
     photographs_uri = storage.join(uri, "traindata")
@@ -198,16 +198,19 @@ def read_evaluation_set(uri: str) -> EvaluationSet:
     with storage.scratch_folder() as scratch:
         csv_path = Path(scratch) / "metadata.csv"
         csv_path.write_bytes(csv_bytes)
-        table = metadata.read_metadata(csv_path)
+        try:
+            table = metadata.read_metadata(csv_path)
+        except ValueError as error:
+            raise StorageError(f"{uri}/metadata.csv is no table of photographs: {error}") from error
     if not table.rows:
         raise StorageError(f"{uri}/metadata.csv has no rows; required one row a photograph")
     rows = tuple(
         EvaluationRow(
-            number=number,
+            number=row.line,
             uri=storage.join(photographs_uri, row.image) if row.image in listed else "",
             cells=dict(row.cells),
         )
-        for number, row in enumerate(table.rows, start=1)
+        for row in table.rows
     )
     digest = hashlib.sha256(csv_bytes + "\n".join(sorted(listed)).encode()).hexdigest()
     return EvaluationSet(
@@ -611,7 +614,7 @@ def _sentence(num_tasks: int, counts: Mapping[str, Mapping[str, Any]]) -> str:
     elif not any(above.values()):
         opening = "The pretrained encoder is not shown to beat either baseline on any task"
     else:
-        opening = "The pretrained encoder beats the baselines on some tasks and is not shown to on others"
+        opening = "The pretrained encoder is shown to beat the baselines on part of the tasks only"
     below = sum(entry["num_below"] for entry in counts.values())
     closing = f"; it lies wholly below a baseline in {below} comparison(s)" if below else ""
     gains = ", ".join(f"{counts[baseline]['mean_gain']:+.3f} against {named[baseline]}" for baseline in above)

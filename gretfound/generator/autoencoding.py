@@ -42,7 +42,8 @@ class AutoencodingObjective(nn.Module):
         error_BCHW = drawn_BCHW.float() - photograph_BCHW
         edges = error_BCHW.diff(dim=-1).abs().mean() + error_BCHW.diff(dim=-2).abs().mean()
         divergence: Tensor = posterior.kl().mean() / photograph_BCHW[0].numel()
-        return error_BCHW.abs().mean() + self._edge_weight * edges + self._kl_weight * divergence
+        loss: Tensor = error_BCHW.abs().mean() + self._edge_weight * edges + self._kl_weight * divergence
+        return loss
 
 
 @torch.no_grad()
@@ -72,4 +73,4 @@ def normalise_latents(vae: AutoencoderKL, latents_Nchw: Tensor) -> None:
 def encode_photographs(vae: AutoencoderKL, photographs_BCHW: Tensor) -> Tensor:
     """Returns the scaled latents (their mean, without noise) of RGB photographs in [-1, 1]."""
     latents: Tensor = vae.encode(photographs_BCHW.to(vae.device, vae.dtype)).latent_dist.mode()
-    return latents.float().cpu() * vae.config.scaling_factor
+    return latents.float().cpu() * float(vae.config.scaling_factor)

@@ -116,7 +116,8 @@ class DenoisingObjective(nn.Module):
         if self._min_snr_gamma is not None:
             snr_B = alpha_B111.flatten() / (1 - alpha_B111.flatten())
             error_B = error_B * snr_B.clamp(max=self._min_snr_gamma) / (snr_B + 1 if is_velocity else snr_B)
-        return error_B.mean()
+        loss: Tensor = error_B.mean()
+        return loss
 
 
 def draw_noise(seed: int, position_B: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

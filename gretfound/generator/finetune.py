@@ -34,17 +34,18 @@ _OTHER_EYE = {"left": "right", "right": "left"}
 class EncodedPhotographs:
     """Photographs as the training reads them: view 0 as they are, view 1 mirrored.
 
-    ``latents_VNchw`` are scaled; ``caption_VN`` counts in ``captions``, which lists each caption once.
+    ``latents`` (view, photograph, channel, row, column) are scaled; ``caption_numbers`` (view, photograph) count in
+    ``captions``, which lists each caption once.
     """
 
-    latents_VNchw: Tensor
-    caption_VN: Tensor
+    latents: Tensor
+    caption_numbers: Tensor
     captions: tuple[str, ...]
 
     @property
     def num_images(self) -> int:
         """Photographs, not counting views."""
-        return self.latents_VNchw.shape[1]
+        return self.latents.shape[1]
 
 
 def finetune_locally(
@@ -198,9 +199,7 @@ class Square:
     mirrored_caption: str
 
 
-def squares_of(
-    photographs: Iterable[tuple[bytes, Mapping[str, Any]]], *, resolution_px: int
-) -> Iterator[Square]:
+def squares_of(photographs: Iterable[tuple[bytes, Mapping[str, Any]]], *, resolution_px: int) -> Iterator[Square]:
     """Decodes photographs, crops them to their field of view and resizes them; the unreadable ones are counted.
 
     Args:
@@ -251,8 +250,8 @@ def encode_photographs(base: StableDiffusionPipeline, squares: Iterable[Square])
             for view, caption in enumerate((each.caption, each.mirrored_caption)):
                 captions[view].append(numbers.setdefault(caption, len(numbers)))
     return EncodedPhotographs(
-        latents_VNchw=torch.stack([torch.cat(view) for view in latents]).clone(),
-        caption_VN=torch.tensor(captions),
+        latents=torch.stack([torch.cat(view) for view in latents]).clone(),
+        caption_numbers=torch.tensor(captions),
         captions=tuple(numbers),
     )
 
@@ -262,7 +261,7 @@ def encode_captions(base: StableDiffusionPipeline, captions: Sequence[str]) -> T
     """Returns the embeddings of captions and, last, of the empty caption, on the CPU."""
     ids_NL = pipeline.caption_ids(base.tokenizer, [*captions, ""])
     encoder = base.text_encoder
-    blocks = [encoder(block.to(encoder.device)).last_hidden_state.cpu() for block in ids_NL.split(CAPTION_BATCH)]
+    blocks = [encoder(block.to(encoder.device)).last_hidden_state.cpu() for block in torch.split(ids_NL, CAPTION_BATCH)]
     return torch.cat(blocks).clone()
 
 
@@ -275,15 +274,17 @@ def latent_batches(
     each takes every n-th image of a step.
     """
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    worker, num_workers = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
+    worker, num_workers = (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
+    )
 
     def stream(images_seen: int) -> Iterator[dict[str, Tensor]]:
         for first in itertools.count(images_seen, batch_size):
             position_B = torch.arange(first + worker, first + batch_size, num_workers)
             photograph_B, view_B = order_at(position_B, num_images=photographs.num_images, seed=seed)
             yield {
-                "latents_BCHW": photographs.latents_VNchw[view_B, photograph_B],
-                "caption_B": photographs.caption_VN[view_B, photograph_B],
+                "latents_BCHW": photographs.latents[view_B, photograph_B],
+                "caption_B": photographs.caption_numbers[view_B, photograph_B],
                 "position_B": position_B,
             }
 

@@ -6,15 +6,14 @@ what the trusted pipeline implies, key by key, and merged into a copy of that pi
 given to `from_pretrained`.
 """
 
+import itertools
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -171,7 +170,7 @@ def build_tokenizer(vocabulary: Sequence[str], *, max_tokens: int) -> CLIPTokeni
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words if word.isascii()}
     merges: list[tuple[str, str]] = []
     while True:
-        pairs = Counter(pair for parts in pieces.values() for pair in zip(parts, parts[1:], strict=False))
+        pairs = Counter(pair for parts in pieces.values() for pair in itertools.pairwise(parts))
         if not pairs:
             break
         merge = min(pairs, key=lambda pair: (-pairs[pair], pair))
@@ -395,7 +394,9 @@ def read_adapter_terms(path: Path) -> AdapterTerms:
         content = json.loads((path / ADAPTER_TERMS).read_text())
         terms = AdapterTerms(**{**content, "target_modules": tuple(content["target_modules"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ContributionRejected("ADAPTER_TERMS", f"{ADAPTER_TERMS} is not readable: {type(error).__name__}") from error
+        raise ContributionRejected(
+            "ADAPTER_TERMS", f"{ADAPTER_TERMS} is not readable: {type(error).__name__}"
+        ) from error
     numbers = (terms.rank, terms.alpha, terms.resolution_px, terms.num_images, terms.images_seen, terms.final_loss)
     if terms.method not in ("lora", "full") or not all(isinstance(number, int | float) for number in numbers):
         raise ContributionRejected("ADAPTER_TERMS", f"{ADAPTER_TERMS} holds values of the wrong kind")
@@ -425,7 +426,7 @@ def _merge_adapter(unet: UNet2DConditionModel, adapter_path: Path, *, base_sha25
     terms = read_adapter_terms(adapter_path)
     if terms.base_sha256 != base_sha256:
         raise LineageError(
-            f"the adapter was trained from the UNet {terms.base_sha256[:12]}, but the base given is {base_sha256[:12]}; "
+            f"the adapter was trained from the UNet {terms.base_sha256[:12]}, the base given is {base_sha256[:12]}; "
             "give the base that the site received"
         )
     tensors = _read_tensors(adapter_path / ADAPTER_TENSORS)

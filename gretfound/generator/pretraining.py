@@ -54,9 +54,7 @@ def train_autoencoder(
 
     untrained.vae.train()
     summary = fit.train(
-        autoencoding.AutoencodingObjective(
-            vae=untrained.vae, edge_weight=edge_weight, kl_weight=kl_weight, seed=seed
-        ),
+        autoencoding.AutoencodingObjective(vae=untrained.vae, edge_weight=edge_weight, kl_weight=kl_weight, seed=seed),
         batches,
         num_images=num_images,
         batch_size=batch_size,
@@ -69,7 +67,7 @@ def train_autoencoder(
         on_progress=on_progress,
     )
     untrained.vae.eval()
-    blocks = pixels_NCHW[:LATENT_STATISTICS_IMAGES].split(finetune.ENCODE_BATCH)
+    blocks = torch.split(pixels_NCHW[:LATENT_STATISTICS_IMAGES], finetune.ENCODE_BATCH)
     untrained.vae.register_to_config(scaling_factor=1.0)
     latents = [autoencoding.encode_photographs(untrained.vae, block_BCHW) for block_BCHW in blocks]
     autoencoding.normalise_latents(untrained.vae, torch.cat(latents))

@@ -12,9 +12,7 @@ from gretfound.encoder.transform import IMAGENET_MEAN, IMAGENET_STD
 
 def small_autoencoder(**changes: object) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    encoder = build_encoder(
-        "vit_tiny_patch16_224", image_size_px=32, patch_size=8, embed_dim=48, depth=2, num_heads=3
-    )
+    encoder = build_encoder("vit_tiny_patch16_224", image_size_px=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
     settings = {"decoder_width": 32, "decoder_depth": 2, "decoder_num_heads": 4, "mask_seed": 3} | changes
     return MaskedAutoencoder(encoder, **settings)  # type: ignore[arg-type]
 
@@ -38,22 +36,28 @@ def reference_loss(autoencoder: MaskedAutoencoder, image: torch.Tensor, position
 
     def block(value: torch.Tensor, name: str, num_heads: int, epsilon: float) -> torch.Tensor:
         batch, length, width = value.shape
-        query, key, content = linear(norm(value, f"{name}.norm1", epsilon), f"{name}.attn.qkv").reshape(
-            batch, length, 3, num_heads, width // num_heads
-        ).permute(2, 0, 3, 1, 4)
+        query, key, content = (
+            linear(norm(value, f"{name}.norm1", epsilon), f"{name}.attn.qkv")
+            .reshape(batch, length, 3, num_heads, width // num_heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         attention = (query @ key.transpose(-2, -1) / (width // num_heads) ** 0.5).softmax(-1) @ content
         value = value + linear(attention.transpose(1, 2).reshape(batch, length, width), f"{name}.attn.proj")
         hidden = nn.functional.gelu(linear(norm(value, f"{name}.norm2", epsilon), f"{name}.mlp.fc1"))
         return value + linear(hidden, f"{name}.mlp.fc2")
 
-    normalised = (image.float() / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    normalised = (image.float() / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(
+        3, 1, 1
+    )
     embedded = nn.functional.conv2d(
         normalised, weights["encoder.patch_embed.proj.weight"], weights["encoder.patch_embed.proj.bias"], stride=size
     )
     tokens = embedded.flatten(2).transpose(1, 2) + encoder.pos_embed[:, 1:]
     kept, masked = autoencoder.split(position)
     rows = torch.arange(len(image))[:, None]
-    value = torch.cat([(encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(image), -1, -1), tokens[rows, kept]], 1)
+    value = torch.cat(
+        [(encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(image), -1, -1), tokens[rows, kept]], 1
+    )
     for index in range(len(encoder.blocks)):
         value = block(value, f"encoder.blocks.{index}", 3, 1e-6)
     value = linear(norm(value, "encoder.norm", 1e-6), "decoder_embed")
@@ -88,7 +92,9 @@ def test_forward__same_loss_and_gradients_as_the_paper() -> None:
     autoencoder, image, position = small_autoencoder(), some_images(), torch.tensor([0, 7, 8, 123_456, 2])
     loss = autoencoder(image=image, position=position)
     loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in autoencoder.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in autoencoder.named_parameters() if parameter.grad is not None
+    }
     autoencoder.zero_grad()
     expected = reference_loss(autoencoder, image, position)
     expected.backward()
