@@ -87,7 +87,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
             max_bytes=MAX_WEIGHTS_BYTES,
         ),
         Place(
-            pattern=r"weights/adapter\.json",
+            pattern=r"weights/adapter_config\.json",
             role="weights",
             contains="the size and position of those numbers within the generator",
             max_bytes=MAX_JSON_BYTES,

@@ -74,7 +74,6 @@ class FineTuningJob:
     seed: int
     state: str = "queued"
     attempt: int = 1
-    submission_id: str = ""
     created_at: str = ""
     updated_at: str = ""
     error: str = ""
@@ -273,7 +272,11 @@ def embed_rows(
     batch_images: int,
     num_threads: int,
 ) -> Embedded:
-    """Embeds labelled photographs; one that cannot be read is counted and stops nothing."""
+    """Embeds labelled photographs; one that cannot be read is counted and stops nothing.
+
+    Raises:
+        ValueError: If every photograph of a class is unreadable.
+    """
     parts: list[npt.NDArray[np.float32]] = []
     labels: list[str] = []
     patients: list[str] = []
@@ -286,8 +289,12 @@ def embed_rows(
                 parts.append(embed_squares(encoder, transform, [square for _, square, _ in seen], precision=precision))
             labels.extend(row.label for row, _, _ in seen)
             patients.extend(row.patient or image_id for row, _, image_id in seen)
-    feature_ND = np.concatenate(parts) if parts else np.zeros((0, encoder.num_features), np.float32)
-    return Embedded(features=feature_ND, labels=labels, patients=patients, num_unreadable=len(rows) - len(labels))
+    if lost := sorted({row.label for row in rows} - set(labels)):
+        raise ValueError(f"found no readable photograph of the classes {lost}; required some of each")
+    features = np.concatenate(parts)
+    return Embedded(features=features, labels=labels, patients=patients, num_unreadable=len(rows) - len(labels))
+        features=np.concatenate(parts), labels=labels, patients=patients, num_unreadable=len(rows) - len(labels)
+    )
 
 
 def embed_squares(
@@ -426,6 +433,8 @@ def read_head(uri: str, *, sha256: str) -> Head:
 def _labels_of(found: EvaluationSet, training_uri: str, label_column: str) -> list[str]:
     wanted = _plain(label_column)
     known = next((column.key for column in metadata.COLUMNS if wanted in (_plain(column.name), _plain(column.key))), "")
+    derived = next((key for row in found.rows for key in row.cells if _plain(key) == wanted), "")  # such as dr_present
+    known = known or derived
     values = [row.cells.get(known) for row in found.rows] if known else _own_column(found, training_uri, wanted)
     if any(isinstance(value, float) for value in values):
         raise ValueError(f"the column {label_column!r} is a measurement; required one with classes")

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -80,16 +81,14 @@ class Recipe:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 for success or fit, 1 for not fit, 2 for a wrong command or a failure."""
     arguments = _parser().parse_args(argv)
+    command = {"check": _check, "contribute": _contribute, "inspect": _inspect, "columns": _columns}[arguments.command]
     try:
-        match arguments.command:
-            case "check":
-                return _check(arguments)
-            case "contribute":
-                return _contribute(arguments)
-            case "inspect":
-                return _inspect(arguments)
-            case _:
-                return _columns()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about the libraries' own next versions: not for the reader
+            return command(arguments)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return EXIT_USAGE
     except NotFit as error:
         print(error, file=sys.stderr)
         return EXIT_NOT_FIT
@@ -395,7 +394,7 @@ def _trained(
         tqdm(total=recipe.images_seen, desc="training", unit="photograph", file=sys.stderr) as bar,
     ):
 
-        def show(progress: fit.Progress) -> None:
+        def show(progress: "fit.Progress") -> None:
             bar.update(progress.images_seen - bar.n)
             bar.set_postfix(loss=f"{progress.loss:.4f}")
             metrics.write(json.dumps({"images_seen": progress.images_seen, "loss": round(progress.loss, 6)}) + "\n")
@@ -414,6 +413,7 @@ def _trained(
             checkpoint_every_images=max(recipe.batch_size, recipe.images_seen // 20),
             on_progress=show,
         )
+        bar.update(recipe.images_seen - bar.n)  # an earlier run may have finished it
     return adapter_path, base_path
 
 
@@ -549,7 +549,7 @@ def _size(size_bytes: int) -> str:
     return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
-def _columns() -> int:
+def _columns(_: argparse.Namespace) -> int:
     print(metadata.dictionary_text())
     return EXIT_FIT
 

@@ -119,6 +119,7 @@ class Painter:
         guidance_scale: Weight of the caption.
         batch_size: Photographs drawn together.
         jpeg_quality: 1 to 100; 0 stores PNG, without loss.
+        is_screened: Whether what `judge` names is left out.
         device: ``cpu`` or ``cuda``.
         precision: ``float32`` or ``bfloat16``.
     """
@@ -132,10 +133,12 @@ class Painter:
         guidance_scale: float,
         batch_size: int,
         jpeg_quality: int,
+        is_screened: bool,
         device: str,
         precision: str,
     ) -> None:
         self._hub_uri, self._seed, self._jpeg_quality = hub_uri, seed, jpeg_quality
+        self._is_screened = is_screened
         self._drawing: dict[str, Any] = {
             "num_steps": num_steps,
             "guidance_scale": guidance_scale,
@@ -152,10 +155,11 @@ class Painter:
         ]
         for part in rows:
             if not storage.exists(part.receipt_uri):
-                self._paint(part)
+                self.paint(part)
         return {"num_images": [part.num_images for part in rows]}
 
-    def _paint(self, part: Part) -> None:
+    def paint(self, part: Part) -> None:
+        """Draws one part, writes its shard and then its receipt."""
         summary = read_summary(self._hub_uri, part.contribution_id)
         wishes = make_wishes(summary, part, seed=self._seed)
         drawn = draw_photographs(
@@ -168,7 +172,7 @@ class Painter:
 
         def rows() -> Iterator[dict[str, Any]]:
             for image, wish in zip(drawn, wishes, strict=True):
-                if reason := judge(image):
+                if self._is_screened and (reason := judge(image)):
                     rejected[reason] += 1
                     continue
                 jpeg = self._jpeg_quality

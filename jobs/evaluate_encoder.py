@@ -71,6 +71,7 @@ class Embedder:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Adds image ids, features and, for what cannot be read, the reason to a batch of places and URIs."""
         import numpy as np
+        import torch
 
         from gretfound import fundus, storage
         from gretfound.encoder import folder
@@ -88,11 +89,12 @@ class Embedder:
             images.append(image)
             reasons.append(reason)
             image_ids.append("" if reason else fundus.pixel_digest(image))
-        tensor_BCHW = self._transform.apply_batch(images)
+        squares = [self._transform.square(image) for image in images]
+        tensor_BCHW = self._transform.normalise(torch.from_numpy(np.stack(squares).transpose(0, 3, 1, 2).copy()))
         features = {
             name: folder.embed(network, tensor_BCHW, batch=self._batch_size) for name, network in self._networks.items()
         }
-        pixels = [self._transform.square(image, size_px=RAW_PIXELS_SIZE_PX).reshape(-1) for image in images]
+        pixels = [fundus.to_square(square, None, RAW_PIXELS_SIZE_PX).reshape(-1) for square in squares]
         features["raw_pixels"] = np.stack(pixels).astype(np.float32) / np.float32(255.0)
         return {"place": batch["place"], "reason": np.array(reasons), "image_id": np.array(image_ids), **features}
 
@@ -117,13 +119,13 @@ def main(argv: list[str]) -> str:
 
     console.start_ray()
     measured, faults = _embedded(config, hub_uri, encoder, sets)
-    fitted = measured[sets[-1].name] if config.fitted_on_uri else None
     tested = [measured[each.name] for each in sets[: len(config.evaluation_uris)]]
+    fitted = protocol.without(measured[sets[-1].name], tested) if config.fitted_on_uri else None
+    measured |= {fitted.name: fitted} if fitted else {}
     corpora = list(_corpora_of(hub_uri, encoder))
     for photographs in tested:
         held = {found for each in corpora for found in corpus.contained_image_ids(hub_uri, each, photographs.image_ids)}
-        _refuse(photographs, held, f"the corpus of {encoder.id}; assemble a corpus with this folder in evaluation_uris")
-        _refuse(photographs, set(fitted.image_ids if fitted else ()), "the folder of fitted_on_uri; split them")
+        _refuse(photographs, held, encoder)
     planned, skipped = _planned(config, tested, fitted)
     outcomes = _assessed(config, planned, measured)
     content = protocol.summarise(
@@ -210,7 +212,7 @@ def _corpora_of(hub_uri: str, encoder: "Encoder") -> Iterator["Corpus"]:
             yield storage.read_record(hub_uri, parent_id, Corpus)
 
 
-def _refuse(photographs: "Photographs", held: set[str], place: str) -> None:
+def _refuse(photographs: "Photographs", held: set[str], encoder: "Encoder") -> None:
     numbers = [
         str(number)
         for number, image_id in zip(photographs.row_numbers, photographs.image_ids, strict=True)
@@ -219,7 +221,8 @@ def _refuse(photographs: "Photographs", held: set[str], place: str) -> None:
     if numbers:
         shown = ", ".join(numbers[:10]) + (" and more" if len(numbers) > 10 else "")
         raise LineageError(
-            f"evaluation_uris: {len(numbers)} photograph(s) of {photographs.name!r} (rows {shown}) are in {place}"
+            f"evaluation_uris: {len(numbers)} photograph(s) of {photographs.name!r} (lines {shown} of its metadata.csv) "
+            f"are in the corpus of {encoder.id}; pretrain on a corpus assembled with this folder in evaluation_uris"
         )
 
 

@@ -27,6 +27,7 @@ class Config:
     guidance_scale: float = setting(3.0, "weight of the caption; 1: no guidance")
     images_per_shard: int = setting(4096, "photographs a shard, and lost at most when an actor dies")
     jpeg_quality: int = setting(95, "1 to 100; 0: PNG, without loss")
+    is_screened: bool = setting(True, "leave out what is blank or shows no field of view; counted by reason")
     batch_size: int = setting(16, "photographs that an actor draws together")
     num_actors: int = setting(1, "actors that draw, each with a pipeline loaded")
     cpus_per_actor: float = setting(1.0, "CPUs that each one reserves")
@@ -46,7 +47,7 @@ class Config:
 
 # What an image depends on; everything else only says where and how fast it is drawn.
 RESULT_KEYS = (
-    "num_images", "seed", "num_steps", "guidance_scale", "images_per_shard", "jpeg_quality", "precision"
+    "num_images", "seed", "num_steps", "guidance_scale", "images_per_shard", "jpeg_quality", "is_screened", "precision"
 )  # fmt: skip
 
 
@@ -102,6 +103,7 @@ def main(argv: list[str]) -> str:
                 guidance_scale=config.guidance_scale,
                 batch_size=config.batch_size,
                 jpeg_quality=config.jpeg_quality,
+                is_screened=config.is_screened,
                 device="cuda" if config.gpus_per_actor else "cpu",
                 precision=config.precision,
             )

@@ -46,15 +46,18 @@ class Encoder:
     def __init__(self, arguments: Arguments) -> None:
         import torch
 
+        from gretfound import release
         from gretfound.encoder.folder import read_config, read_encoder_folder
 
         torch.set_num_threads(arguments.encoder_threads)
         cache_path = Path(arguments.cache_path) if arguments.cache_path else fine_tuning.default_cache_path()
-        release, release_path = fine_tuning.fetch_release(arguments.release_uri, cache_path)
+        record, release_path = fine_tuning.fetch_release(arguments.release_uri, cache_path)
+        if arguments.public_key_path:
+            release.verify_release(release_path, release.read_public_key(Path(arguments.public_key_path)))
         encoder, self._transform = read_encoder_folder(release_path)
         self._encoder = encoder.to(arguments.device)
         self._precision = arguments.precision
-        self._release_id = release.id
+        self._release_id = record.id
         self._architecture = read_config(release_path)["architecture"]
         self.embed.set_max_batch_size(arguments.batch_images)
         self.embed.set_batch_wait_timeout_s(arguments.batch_wait_s)

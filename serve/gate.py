@@ -173,9 +173,10 @@ class _Passage:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            marks = ((b"x-release-id", self._release_id.encode()), (b"x-request-id", self.request_id.encode()))
+            # Ray Serve's proxy sends X-Request-Id with the id that it gave or was given, which is this request's.
+            mark = (b"x-release-id", self._release_id.encode())
             sent = {name.lower() for name, _ in message.get("headers", [])}
-            added = [header for header in (*marks, *SECURITY_HEADERS) if header[0] not in sent]
+            added = [header for header in (mark, *SECURITY_HEADERS) if header[0] not in sent]
             message = {**message, "headers": [*message.get("headers", []), *added]}
         await self._send(message)
 

@@ -163,7 +163,7 @@ def build(engine: Engine, *, keys: KeyRing, limits: Limits, desk: FineTuningDesk
         seen = await look(sent.images, describe=describe)
         features = await embed(seen)
         content: dict[str, Any] = {"encoder": engine.encoder, "dimension": engine.dimension}
-        content["embeddings"] = features.tolist()
+        content["embeddings"] = features.astype(str).astype(np.float64).tolist()  # the fewest digits that tell float32
         if describe:
             content["photographs"] = [one.photograph.model_dump() for one in seen if one.photograph is not None]
         return answer(request, content)

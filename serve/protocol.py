@@ -4,6 +4,7 @@ Nothing here carries pixels back to a caller, and no refusal repeats what was se
 """
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -33,6 +34,7 @@ class Arguments(BaseModel):
     release_uri: str = Field(description="a release folder, or a release id to be looked up in the hub")
     hub_uri: str = Field("", description="the hub that keeps fine-tuning jobs; without it there is no fine-tuning")
     keys_uri: str = Field("", description="the key file of `python -m serve.keys`; HUB/keys.json if left out")
+    public_key_path: str = Field("", description="Ed25519 public key (PEM) that must have signed the release, if given")
     cache_path: str = Field("", description="local folder for the release; ~/.cache/gretfound/releases if left out")
 
     device: str = Field("cpu", description="torch device of the encoder: cpu, cuda")
@@ -82,6 +84,8 @@ class Arguments(BaseModel):
             if self._is_release_id()
             else storage.normalised(self.release_uri),
             "keys_uri": storage.normalised(self.keys_uri) if self.keys_uri else storage.join(hub_uri, "keys.json"),
+            "cache_path": str(Path(self.cache_path).absolute()) if self.cache_path else "",
+            "public_key_path": str(Path(self.public_key_path).absolute()) if self.public_key_path else "",
             "training_roots": tuple(storage.normalised(root) for root in self.training_roots),
         }
         return self.model_copy(update=places)

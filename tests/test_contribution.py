@@ -236,7 +236,7 @@ def test_open_package__rejects_a_pickle_named_safetensors(tmp_path: Path) -> Non
     staging_path = tmp_path / "staging"
     for name, content in {
         "weights/adapter.safetensors": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os",
-        "weights/adapter.json": b"{}",
+        "weights/adapter_config.json": b"{}",
         "summary/metadata_summary.json": b"{}",
         "training/config.json": b"{}",
         "training/metrics.jsonl": b"{}",

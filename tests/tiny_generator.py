@@ -57,7 +57,9 @@ def rows_of(num_images: int, site_id: str = "aster") -> list[dict[str, Any]]:
     ]
 
 
-def publish_site(hub_uri: str, folder_path: Path, *, num_images: int, site_id: str = "aster") -> tuple[Contribution, ShardSet]:
+def publish_site(
+    hub_uri: str, folder_path: Path, *, num_images: int, site_id: str = "aster"
+) -> tuple[Contribution, ShardSet]:
     """Puts a site's contribution of photographs into a hub, as jobs.intake does."""
     rows = rows_of(num_images, site_id)
     cells = [cells_of(seed, site_id) for seed in range(num_images)]

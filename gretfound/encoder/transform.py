@@ -46,14 +46,13 @@ class Transform:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"found mean={self.mean} and std={self.std}; required three of each, every std above 0")
 
-    def square(self, image: Photograph, *, size_px: int | None = None) -> Photograph:
+    def square(self, image: Photograph) -> Photograph:
         """Crops, pads and resizes a photograph, without normalising it: what a person would be shown.
 
         The filter widens with the reduction, so nothing aliases.
 
         Args:
             image: HxWx3 uint8, RGB.
-            size_px: Another side than the encoder's.
 
         Returns:
             SxSx3 uint8, RGB.
@@ -64,7 +63,7 @@ class Transform:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"found an array of shape {image.shape} and type {image.dtype}; required HxWx3 uint8")
         field_of_view = fundus.find_field_of_view(image) if self.crop_to_field_of_view else None
-        return fundus.to_square(image, field_of_view, size_px or self.image_size_px)
+        return fundus.to_square(image, field_of_view, self.image_size_px)
 
     def apply(self, image: Photograph) -> torch.Tensor:
         """Returns the encoder's input for one photograph (HxWx3 uint8, RGB) as CxHxW float32."""

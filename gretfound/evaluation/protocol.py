@@ -280,6 +280,22 @@ def collect(
     return found, faults
 
 
+def without(photographs: Photographs, tested: Sequence[Photographs]) -> Photographs:
+    """Returns the set without the photographs of the tested sets, by the digest of their pixels.
+
+    Public data sets do hold photographs twice: one of IDRiD's official test part is in its training part.
+    """
+    held = {image_id for each in tested for image_id in each.image_ids}
+    kept = [index for index, image_id in enumerate(photographs.image_ids) if image_id not in held]
+    return Photographs(
+        name=photographs.name,
+        row_numbers=tuple(photographs.row_numbers[index] for index in kept),
+        image_ids=tuple(photographs.image_ids[index] for index in kept),
+        cells=tuple(photographs.cells[index] for index in kept),
+        features={name: feature_ND[kept] for name, feature_ND in photographs.features.items()},
+    )
+
+
 def describe_set(
     found: EvaluationSet, photographs: Photographs, faults: Sequence[Mapping[str, Any]], *, is_fitted_on: bool
 ) -> dict[str, Any]:
@@ -288,7 +304,8 @@ def describe_set(
         "digest": found.digest,
         "role": "probes are fitted on it" if is_fitted_on else "tested on",
         "num_rows": len(found.rows),
-        "num_readable": len(photographs.image_ids),
+        "num_readable": len(found.rows) - len(faults),
+        "num_left_out": len(found.rows) - len(faults) - len(photographs.image_ids),
         "num_repeated": len(photographs.image_ids) - len(set(photographs.image_ids)),
         "num_cells_not_understood": found.num_cells_not_understood,
         "unreadable": [dict(fault) for fault in faults],

@@ -280,6 +280,14 @@ def test_collect__order_of_the_workers_does_not_matter():
     assert faults == {"dune": [{"row": 4, "reason": "TRUNCATED: too short"}]}
 
 
+def test_without__leaves_out_what_is_tested():
+    tested = photographs([{}] * 3, image_ids=["a", "b", "c"])
+    fitted = photographs([{"dr": index} for index in range(4)], image_ids=["x", "b", "y", "c"], name="aster")
+    left = protocol.without(fitted, [tested])
+    assert left.image_ids == ("x", "y") and left.row_numbers == (2, 4) and left.cells == ({"dr": 0}, {"dr": 2})
+    assert left.features["pretrained"].shape == (2, 2)
+
+
 def test_interval_json__is_the_form_of_the_report():
     figure = metrics.Interval(value=0.5, low=0.4, high=0.6, num_resamples=10)
     assert protocol.interval_json(figure) == {"value": 0.5, "low": 0.4, "high": 0.6}

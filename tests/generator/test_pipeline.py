@@ -52,7 +52,9 @@ def test_load_pipeline__plain_diffusers_loads_the_same_folder(base_path: Path) -
     loaded = pipeline.load_pipeline(base_path)
     assert torch.equal(unet_output(plain.unet), unet_output(loaded.unet))
     captions = ["colour fundus photograph, left eye", ""]
-    assert torch.equal(pipeline.caption_ids(plain.tokenizer, captions), pipeline.caption_ids(loaded.tokenizer, captions))
+    assert torch.equal(
+        pipeline.caption_ids(plain.tokenizer, captions), pipeline.caption_ids(loaded.tokenizer, captions)
+    )
 
 
 def test_load_pipeline__a_component_with_foreign_code_is_refused(base_path: Path, tmp_path: Path) -> None:
@@ -74,7 +76,8 @@ def test_build_pipeline__sizes_that_do_not_fit_are_refused() -> None:
 def test_install_adapter__adds_the_scaled_product_of_the_factors(base_path: Path, tmp_path: Path) -> None:
     adapter_path, tensors = _write_adapter(base_path, tmp_path / "adapter")
     merged = load_file(
-        pipeline.install_adapter(base_path, adapter_path, tmp_path / "merged") / "unet/diffusion_pytorch_model.safetensors"
+        pipeline.install_adapter(base_path, adapter_path, tmp_path / "merged")
+        / "unet/diffusion_pytorch_model.safetensors"
     )
     original = load_file(base_path / "unet/diffusion_pytorch_model.safetensors")
     assert set(merged) == set(original)
@@ -121,7 +124,9 @@ def test_install_adapter__of_another_base_is_refused(base_path: Path, tmp_path: 
 @pytest.mark.parametrize(
     "change", [{"rank": 0}, {"rank": "8"}, {"target_modules": ["os.system"]}, {"method": "pickle"}, {"extra": 1}]
 )
-def test_read_adapter_terms__wrong_values_are_refused(base_path: Path, tmp_path: Path, change: dict[str, object]) -> None:
+def test_read_adapter_terms__wrong_values_are_refused(
+    base_path: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
     adapter_path, _ = _write_adapter(base_path, tmp_path / "adapter")
     content = json.loads((adapter_path / pipeline.ADAPTER_TERMS).read_text())
     (adapter_path / pipeline.ADAPTER_TERMS).write_text(json.dumps(content | change))

@@ -5,59 +5,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-import torch
 from fastapi.testclient import TestClient
 
 from gretfound import fine_tuning, storage
-from gretfound.encoder.folder import read_encoder_folder, write_encoder_folder
-from gretfound.encoder.transform import Transform
-from gretfound.lineage import Release
+from gretfound.encoder.folder import read_encoder_folder
 from serve import interface, keys
 from serve.fine_tuning import FineTuningDesk
-from tests.serve.tiny_endpoint import InProcess, Keys, Opened, Place, photograph
-
-IMAGE_SIZE_PX = 32
+from tests.serve.tiny_endpoint import InProcess, Keys, Opened, Place, make_place, make_training_folder
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A hub with a release of a two-block encoder."""
-    folder_path = tmp_path_factory.mktemp("folder")
-    torch.manual_seed(7)
-    architecture = "vit_tiny_patch16_224"
-    encoder = timm.create_model(
-        architecture,
-        img_size=IMAGE_SIZE_PX,
-        patch_size=8,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        global_pool="avg",
-        num_classes=0,
-    )
-    transform = Transform(image_size_px=IMAGE_SIZE_PX)
-    write_encoder_folder(encoder, folder_path, architecture=architecture, transform=transform)
-    hub_uri = storage.normalised(str(tmp_path_factory.mktemp("hub")))
-    release = storage.publish_folder(hub_uri, folder_path, Release(name="tiny", licence="CC BY-NC 4.0"))
-    return Place(hub_uri, storage.record_uri(hub_uri, release), release, folder_path)
+    """A hub with a signed release of a two-block encoder."""
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="session")
 def training_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A labelled folder: brightness gives the grade, one row has no grade, one photograph is unreadable."""
-    folder_path = tmp_path_factory.mktemp("roots") / "clinic"
-    (folder_path / "traindata").mkdir(parents=True)
-    lines = ["Image,DR,Colour,Age"]
-    for index in range(36):
-        grade = index % 3
-        (folder_path / "traindata" / f"{index}.png").write_bytes(photograph(seed=index, brightness=70 + 60 * grade))
-        lines.append(f"{index}.png,{grade},{('dim', 'plain', 'bright')[grade]},{40 + index}")
-    (folder_path / "traindata" / "blank.png").write_bytes(photograph(seed=90))
-    (folder_path / "traindata" / "broken.png").write_bytes(b"not a photograph")
-    lines += ["blank.png,,,", "broken.png,2,bright,50"]
-    (folder_path / "metadata.csv").write_text("\n".join(lines) + "\n")
-    return folder_path
+    """A labelled folder."""
+    return make_training_folder(tmp_path_factory.mktemp("roots"))
 
 
 @pytest.fixture(scope="session")

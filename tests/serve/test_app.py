@@ -22,7 +22,8 @@ from gretfound import fine_tuning
 from gretfound.encoder.folder import read_encoder_folder
 from gretfound.errors import ConfigError, LineageError, StorageError
 from gretfound.fundus import decode_photograph
-from serve.app import app
+from gretfound.release import read_signing_key
+from serve.app import Encoder, app
 from serve.protocol import Arguments
 from tests.serve.tiny_endpoint import Keys, Place, bearer, photograph
 
@@ -91,6 +92,7 @@ def test_app__refuses_through_the_proxy_as_it_does_without_one(endpoint: str, ke
     text = [("images", ("notes.jpg", b"just words", "image/jpeg"))]
     answer = httpx.post(f"{endpoint}/v1/embeddings", files=text, headers=bearer(key_set.embed))
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "unreadable_photograph")
+    assert answer.headers.get_list("x-request-id") == [answer.json()["request_id"]]
     assert httpx.post(f"{endpoint}/v1/embeddings", files=text).status_code == 401
     large = httpx.post(f"{endpoint}/v1/embeddings", content=b"x" * 65_000_000, headers=bearer(key_set.embed))
     assert large.status_code == 413
@@ -136,6 +138,14 @@ def test_fetch_release__refuses_a_changed_file_and_a_changed_record(place: Place
         fine_tuning.fetch_release(str(copied), tmp_path / "third")
 
 
+def test_encoder__serves_no_release_that_another_key_signed(place: Place, key_set: Keys, tmp_path: Path) -> None:
+    read_signing_key(tmp_path / "other.pem")
+    signed = arguments(place, key_set, tmp_path, public_key_path=str(place.public_key_path)).resolved()
+    assert Encoder(signed).describe()["release_id"] == place.release.id
+    with pytest.raises(LineageError, match="signed by"):
+        Encoder(arguments(place, key_set, tmp_path, public_key_path=str(tmp_path / "other.pem.pub")).resolved())
+
+
 def test_arguments__come_as_text_from_the_command_line(tmp_path: Path) -> None:
     text = {
         "release_uri": "release-00000000000000000000",
@@ -173,9 +183,7 @@ def test_serve_run__a_fine_tuning_job_runs_as_a_ray_job(
     chosen = arguments(place, key_set, tmp_path / "cache", training_roots=[str(training_path.parent)])
     content = {
         "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {"name": "gretfound", "import_path": "serve.app:app", "args": chosen.model_dump(mode="json")}
-        ],
+        "applications": [{"name": "gretfound", "import_path": "serve.app:app", "args": chosen.model_dump(mode="json")}],
     }
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(content))
     environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}

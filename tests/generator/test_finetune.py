@@ -1,0 +1,103 @@
+"""Fine-tuning: resumable, deterministic, and the mirror image of a right eye is a left one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gretfound import fit, fundus, shard
+from gretfound.errors import ConfigError
+from gretfound.generator import finetune, pipeline
+from tests.tiny_generator import rows_of, write_base
+
+SETTINGS: dict[str, Any] = {"num_images_seen": 24, "batch_size": 4, "learning_rate": 1e-2, "lora_rank": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("site")
+    shard.write_shard_file(folder / "shard.parquet", rows_of(6))
+    return write_base(folder / "base"), folder / "shard.parquet"
+
+
+class _Killed(Exception):
+    pass
+
+
+class _Dying(fit.LocalCheckpoints):
+    """Keeps state as at a site, until the process is killed after the second checkpoint."""
+
+    def save(self, engine: Any, *, images_seen: int, losses: list[float]) -> str:
+        name = super().save(engine, images_seen=images_seen, losses=losses)
+        if images_seen >= 16:
+            raise _Killed
+        return name
+
+
+def test_finetune_locally__goes_on_where_it_was_killed(site: tuple[Path, Path], tmp_path: Path) -> None:
+    base_path, shard_path = site
+    inputs = {"base_path": base_path, "shard_path": shard_path, **SETTINGS}
+    undisturbed = finetune.finetune_locally(work_path=tmp_path / "a", **inputs)
+    again = {"work_path": tmp_path / "b", "checkpoint_every_images": 8, **inputs}
+    with pytest.raises(_Killed):
+        finetune.finetune_locally(checkpoints=_Dying(tmp_path / "c"), **again)
+    seen: list[int] = []
+    adapter_path = finetune.finetune_locally(
+        checkpoints=fit.LocalCheckpoints(tmp_path / "c"),
+        on_progress=lambda progress: seen.append(progress.images_seen),
+        **again,
+    )
+    assert seen == [24]
+    found, required = (load_file(path / pipeline.ADAPTER_TENSORS) for path in (adapter_path, undisturbed))
+    assert set(found) == set(required)
+    for name, tensor in required.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+    assert any(tensor.abs().sum() > 0 for name, tensor in found.items() if "lora_B" in name)
+    modified = adapter_path.stat().st_mtime_ns
+    assert finetune.finetune_locally(**again) == adapter_path
+    assert adapter_path.stat().st_mtime_ns == modified
+
+
+def test_finetune_locally__full_method_lowers_the_loss(site: tuple[Path, Path], tmp_path: Path) -> None:
+    base_path, shard_path = site
+    losses: list[float] = []
+    adapter_path = finetune.finetune_locally(
+        base_path=base_path, shard_path=shard_path, work_path=tmp_path, num_images_seen=240, batch_size=8,
+        learning_rate=3e-3, method="full", min_snr_gamma=None, on_progress=lambda p: losses.append(p.loss),
+    )  # fmt: skip
+    terms = pipeline.read_adapter_terms(adapter_path)
+    assert (terms.method, terms.num_images, terms.images_seen) == ("full", 6, 240)
+    assert terms.final_loss < 0.9  # an untrained UNet predicts nothing: its loss is the noise's variance, 1
+    installed = pipeline.install_adapter(base_path, adapter_path, tmp_path / "generator")
+    trained = load_file(adapter_path / pipeline.ADAPTER_TENSORS)
+    merged = load_file(installed / "unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in trained.items())
+
+
+def test_squares_of__unreadable_ones_are_left_out_and_mirrored_eyes_change_sides() -> None:
+    image = np.zeros((40, 40, 3), np.uint8)
+    good = (fundus.encode_png(image), {"eye": "right", "age": 60.0})
+    squares = list(finetune.squares_of([good, (b"no photograph", {}), good], resolution_px=16))
+    assert [square.pixels.shape for square in squares] == [(16, 16, 3)] * 2
+    assert "right eye" in squares[0].caption
+    assert squares[0].mirrored_caption == squares[0].caption.replace("right eye", "left eye")
+    with pytest.raises(ConfigError, match="no readable photograph"):
+        list(finetune.squares_of([(b"no photograph", {})], resolution_px=16))
+
+
+def test_latent_batches__every_epoch_is_a_permutation_and_any_start_agrees() -> None:
+    photographs = finetune.EncodedPhotographs(
+        latents=torch.arange(2 * 5.0).view(2, 5, 1, 1, 1), caption_numbers=torch.zeros(2, 5, dtype=torch.long),
+        captions=("a",),
+    )  # fmt: skip
+    stream = finetune.latent_batches(photographs, batch_size=5, seed=1)
+    batches = [batch for batch, _ in zip(stream(0), range(4), strict=False)]
+    for batch in batches:
+        assert sorted((batch["latents_BCHW"].flatten() % 5).tolist()) == [0, 1, 2, 3, 4]
+    later = next(stream(10))
+    assert all(torch.equal(later[name], batches[2][name]) for name in later)
+    views = torch.cat([batch["latents_BCHW"].flatten() >= 5 for batch in batches])
+    assert 0 < int(views.sum()) < 20

@@ -1,0 +1,82 @@
+"""Synthesis: parts are pure functions of the seed, and a job that is run again neither loses nor doubles a row."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gretfound import lineage, metadata, shard, storage, synthesis
+from gretfound.config import canonical, load
+from gretfound.lineage import Generator, ShardSet
+from jobs import synthesize
+from tests.tiny_generator import RESOLUTION_PX, publish_site, write_base
+
+
+def _hub(hub_uri: str, tmp_path: Path) -> Generator:
+    contribution, _ = publish_site(hub_uri, tmp_path / "contribution", num_images=4)
+    record = Generator(
+        parents=(contribution.id,), site_id="aster", resolution_px=RESOLUTION_PX, num_images=4, images_seen=4,
+        final_loss=1.0,
+    )  # fmt: skip
+    return storage.publish_folder(hub_uri, write_base(tmp_path / "pipeline"), record)
+
+
+def test_judge__names_what_is_no_photograph() -> None:
+    assert synthesis.judge(np.full((64, 64, 3), 90, np.uint8)) == "blank"
+    y, x = np.ogrid[:64, :64]
+    disc = np.where(((x - 31.5) ** 2 + (y - 31.5) ** 2 < 29**2)[..., None], (180, 90, 40), (0, 0, 0)).astype(np.uint8)
+    assert synthesis.judge(disc) is None
+
+
+def test_make_wishes__follow_the_summary_and_differ_between_parts() -> None:
+    rows = [{"patient": f"p{i}", "sex": "female" if i % 4 else "male", "dr": i % 2, "age": 50.0} for i in range(80)]
+    summary = metadata.summarise(rows, min_patients=1)
+    parts = [
+        synthesis.Part(
+            generator_id="generator-0", contribution_id="contribution-0", site_id="aster", run_uri="runs/x",
+            index=index, first_image=0, num_images=400,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    wishes = [synthesis.make_wishes(summary, part, seed=1) for part in parts]
+    assert wishes[0] == synthesis.make_wishes(summary, parts[0], seed=1)
+    assert len({wish.seed for part in wishes for wish in part}) == 800
+    share = np.mean([wish.cells["sex"] == "female" for part in wishes for wish in part])
+    assert share == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 800) ** 0.5)
+    assert all(wish.caption == metadata.caption(wish.cells) for wish in wishes[0])
+
+
+def test_synthesize__a_job_that_was_killed_ends_with_the_same_rows(ray_cluster: None, tmp_path: Path) -> None:
+    shard_sets = []
+    for name in ("undisturbed", "killed"):
+        hub_uri = storage.normalised(str(tmp_path / name))
+        generator = _hub(hub_uri, tmp_path / f"{name}-work")
+        # An untrained generator draws no field of view, so nothing is left out here.
+        keys = [f"hub_uri={hub_uri}", "num_images=10", "images_per_shard=4", "num_steps=2", "is_screened=false"]
+        settings = canonical(load(synthesize.Config, keys))
+        recipe = lineage.recipe_id(
+            "synthesize", {each: settings[each] for each in synthesize.RESULT_KEYS}, [generator.id]
+        )
+        run_uri = storage.run_uri(hub_uri, recipe)
+        if name == "killed":
+            # A first run that died after its second part.
+            parts = synthesis.cut_into_parts(
+                generator=generator, contribution_id=generator.parents[0], run_uri=run_uri, num_images=10,
+                images_per_shard=4,
+            )  # fmt: skip
+            painter = synthesis.Painter(
+                hub_uri=hub_uri, seed=0, num_steps=2, guidance_scale=3.0, batch_size=16, jpeg_quality=95,
+                is_screened=False, device="cpu", precision="float32",
+            )  # fmt: skip
+            painter.paint(parts[1])
+            receipt = storage.read_bytes(parts[1].receipt_uri)
+        shard_set_id = synthesize.main([*keys, "cpus_per_actor=0.5", "num_actors=2"])
+        shard_sets.append(storage.read_record(hub_uri, shard_set_id, ShardSet))
+        assert synthesize.main(keys) == shard_set_id
+        assert len(storage.list_names(storage.join(run_uri, "parts"))) == 3
+    assert storage.read_bytes(parts[1].receipt_uri) == receipt
+    assert shard_sets[0].shards == shard_sets[1].shards
+    rows = [row for each in shard_sets[0].shards for row in shard.read_rows(storage.join(hub_uri, each.path))]
+    assert len(rows) == len({row["seed"] for row in rows}) == 10
+    assert {(row["origin"], row["site_id"], row["patient"]) for row in rows} == {("synthetic", "aster", None)}
+    assert all(row["prompt"].startswith("colour fundus photograph") for row in rows)
