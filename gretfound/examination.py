@@ -304,7 +304,7 @@ def _measure(task: tuple[Path, Path]) -> Photograph:
     try:
         image = fundus.decode_photograph(path.read_bytes())
     except fundus.UnreadablePhotograph as error:
-        return Photograph(name=name, size_bytes=size_bytes, fault=str(error).removeprefix(f"{error.code}: "))
+        return Photograph(name=name, size_bytes=size_bytes, fault=str(error).partition(": ")[2])
     except OSError as error:
         return Photograph(name=name, size_bytes=size_bytes, fault=error.strerror or "cannot be opened")
     field_of_view = fundus.find_field_of_view(image)
@@ -328,12 +328,14 @@ def _detail(image: fundus.Photograph, field_of_view: fundus.FieldOfView | None) 
     """
     green = Image.fromarray(fundus.to_square(image, field_of_view, DETAIL_PX)[:, :, 1])
     smooth = green.filter(ImageFilter.GaussianBlur(DETAIL_PX / 16))
-    circle = fundus.FieldOfView(x_px=DETAIL_PX / 2, y_px=DETAIL_PX / 2, radius_px=0.36 * DETAIL_PX)
-    within = fundus.inside_mask((DETAIL_PX, DETAIL_PX), circle)
+    y, x = np.ogrid[:DETAIL_PX, :DETAIL_PX]
+    centre = (DETAIL_PX - 1) / 2
+    within = (x - centre) ** 2 + (y - centre) ** 2 <= (0.36 * DETAIL_PX) ** 2
     detail = (np.asarray(green, np.float32) - np.asarray(smooth, np.float32))[within]
     detail -= detail.mean()
-    norm = float(np.linalg.norm(detail))
-    return (detail / norm if norm > 0 else detail).astype(np.float16)
+    norm = np.linalg.norm(detail)
+    unit: Detail = (detail / norm if norm > 0 else detail).astype(np.float16)
+    return unit
 
 
 def _note_photographs(photographs: Sequence[Photograph], findings: list[Finding]) -> None:

@@ -293,8 +293,6 @@ def embed_rows(
         raise ValueError(f"found no readable photograph of the classes {lost}; required some of each")
     features = np.concatenate(parts)
     return Embedded(features=features, labels=labels, patients=patients, num_unreadable=len(rows) - len(labels))
-        features=np.concatenate(parts), labels=labels, patients=patients, num_unreadable=len(rows) - len(labels)
-    )
 
 
 def embed_squares(

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--form", choices=forms, required=True)
     make.add_argument("--site-id", required=True, metavar="NAME", help="lower-case letters, digits, hyphens")
     make.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the package goes")
-    make.add_argument("--base", default="", metavar="DIR|URI", help="the generator to start from (weights, synthetic)")
+    make.add_argument("--base", default="", metavar="DIR|URI", help="the generator to start from; images needs none")
     make.add_argument("--policy", choices=sorted(POLICIES), default="standard")
     make.add_argument(
         "--work", type=Path, metavar="DIR", help="work in progress; default OUT/.work/DIGEST, removed at the end"
@@ -184,8 +184,10 @@ def contribute(
     """
     if not contribution.SITE_ID_PATTERN.fullmatch(site_id):
         raise ConfigError(f"--site-id {site_id!r} must be of lower-case letters, digits and hyphens")
-    if (form == "images") == bool(base):
-        raise ConfigError(f"--base is required for weights and synthetic, and for nothing else; the form is {form!r}")
+    if form == "images":
+        base = ""  # nothing is trained, so the base cannot change the result
+    elif not base:
+        raise ConfigError(f"--base is required for the form {form!r}: the generator to start from")
     work_id = _digest_of_inputs(folder_path, site_id=site_id, form=form, policy=policy, recipe=recipe, base=base)[:12]
     package_path = out_path / f"{site_id}-{form}-{work_id}.tar"
     if package_path.exists():

@@ -79,11 +79,9 @@ class Embedder:
 
         images, reasons, image_ids = [], [], []
         for uri in batch["uri"].tolist():
-            image, reason = np.zeros((1, 1, 3), np.uint8), ""
+            image, reason = np.zeros((1, 1, 3), np.uint8), "" if uri else "MISSING: the file is not in traindata/"
             try:
-                if not uri:
-                    raise fundus.UnreadablePhotograph("MISSING", "the file is not in traindata/")
-                image = fundus.decode_photograph(storage.read_bytes(uri))
+                image = fundus.decode_photograph(storage.read_bytes(uri)) if uri else image
             except fundus.UnreadablePhotograph as error:
                 reason = str(error)
             images.append(image)
@@ -221,7 +219,7 @@ def _refuse(photographs: "Photographs", held: set[str], encoder: "Encoder") -> N
     if numbers:
         shown = ", ".join(numbers[:10]) + (" and more" if len(numbers) > 10 else "")
         raise LineageError(
-            f"evaluation_uris: {len(numbers)} photograph(s) of {photographs.name!r} (lines {shown} of its metadata.csv) "
+            f"evaluation_uris: {len(numbers)} photograph(s) of {photographs.name!r} (lines {shown} of metadata.csv) "
             f"are in the corpus of {encoder.id}; pretrain on a corpus assembled with this folder in evaluation_uris"
         )
 

@@ -10,6 +10,7 @@ The last line is the id of the contribution, or, of several packages, an id over
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -168,7 +169,6 @@ def _publish(hub_uri: str, opened_path: Path, manifest: "Manifest", package_sha2
     from gretfound.lineage import Contribution, Site
 
     site = Site(site_id=manifest.site_id, country=manifest.country, form=manifest.form)
-    storage.write_record(hub_uri, site)
     shard_paths = sorted(opened_path.glob("shards/*.parquet"))
     kept_path = opened_path.with_name("kept")
     kept_path.mkdir()
@@ -190,6 +190,7 @@ def _publish(hub_uri: str, opened_path: Path, manifest: "Manifest", package_sha2
         _publish_shards(hub_uri, shard_paths, contribution)
     else:
         _publish_generator(hub_uri, kept_path / "weights", manifest, contribution)
+    storage.write_record(hub_uri, site)
     return storage.publish_folder(hub_uri, kept_path, record)
 
 
@@ -249,6 +250,8 @@ def _publish_generator(hub_uri: str, adapter_path: Path, manifest: "Manifest", c
     terms = pipeline.read_adapter_terms(adapter_path)
     if terms.base_sha256 != manifest.base_sha256:
         raise ContributionRejected("BASE_MISMATCH", "the weights name another base than the manifest; contribute again")
+    if type(terms.images_seen) is not int or not math.isfinite(terms.final_loss):
+        raise ContributionRejected("ADAPTER_TERMS", "the weights' terms hold no finite numbers; contribute again")
     with storage.scratch_folder() as folder:
         base_path = storage.fetch_folder(hub_uri, base, Path(folder) / "base")
         generator_path = pipeline.install_adapter(base_path, adapter_path, Path(folder) / "generator")

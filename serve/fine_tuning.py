@@ -71,8 +71,9 @@ class RayLauncher:
         if self.cache_path:
             keys["cache_path"] = self.cache_path
         command = [sys.executable, "-m", "jobs.fine_tune_head", *(f"{name}={value}" for name, value in keys.items())]
+        client = self._client()
         try:
-            self._client().submit_job(
+            client.submit_job(
                 entrypoint=shlex.join(command),
                 submission_id=_submission_id(job),
                 runtime_env=_runtime_env(),
@@ -84,8 +85,9 @@ class RayLauncher:
 
     def is_running(self, job: FineTuningJob) -> bool:
         """Asks the job server; a job that it doesn't know isn't running."""
+        client = self._client()
         try:
-            status = self._client().get_job_status(_submission_id(job))
+            status = client.get_job_status(_submission_id(job))
         except RuntimeError as error:
             if "does not exist" in str(error):
                 return False
@@ -96,12 +98,22 @@ class RayLauncher:
 
     def _client(self) -> Any:
         import ray
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         # The address of the cluster's store leads to its job server, on whatever port and machine that listens. The
-        # client (Ray 2.60) prefers RAY_ADDRESS, which in a replica may still be the driver's "local" or "auto".
+        # client (Ray 2.60) prefers RAY_ADDRESS, which in a replica may still be the driver's "local" or "auto". An
+        # operator who runs jobs on another cluster says so in RAY_API_SERVER_ADDRESS.
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        return JobSubmissionClient()
+        try:
+            client = JobSubmissionClient()
+            # Ray 2.60 names port 8265 even where a cluster runs without its dashboard and another one listens there.
+            session_name = client._do_request("GET", "/api/version").json().get("session_name")
+        except (AuthenticationError, RuntimeError, ValueError, OSError) as error:
+            raise LaunchError(f"the cluster's job server cannot be reached: {_first_line(error)}") from error
+        if "RAY_API_SERVER_ADDRESS" not in os.environ and session_name != ray.get_runtime_context().get_session_name():
+            raise LaunchError("this cluster has no job server: start its head with the dashboard")
+        return client
 
 
 @dataclass(frozen=True, kw_only=True)

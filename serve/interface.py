@@ -271,6 +271,7 @@ def build(engine: Engine, *, keys: KeyRing, limits: Limits, desk: FineTuningDesk
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> Response:
+        # Starlette raises it again behind this answer, so Ray Serve logs where it came from.
         log.error("request %s failed: %s", _mark(request, engine)["request_id"], type(error).__name__)
         return refuse(request, Refused(500, "fault", "a fault of the endpoint; tell the operator the request id"))
 

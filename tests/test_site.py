@@ -87,9 +87,9 @@ def test_main__contribute_refuses_an_unfit_folder(
     assert not out_path.exists()
 
 
-@pytest.mark.parametrize("more", [["--site-id", "Aster Hospital"], ["--base", "somewhere"]])
-def test_main__contribute_refuses_wrong_arguments(site_path: Path, tmp_path: Path, more: list[str]) -> None:
-    assert site.main(_arguments(site_path, "images", tmp_path / "out", *more)) == site.EXIT_USAGE
+@pytest.mark.parametrize(("form", "more"), [("images", ["--site-id", "Aster Hospital"]), ("weights", [])])
+def test_main__contribute_refuses_wrong_arguments(site_path: Path, tmp_path: Path, form: str, more: list[str]) -> None:
+    assert site.main(_arguments(site_path, form, tmp_path / "out", *more)) == site.EXIT_USAGE
     assert not (tmp_path / "out").exists()
 
 
@@ -164,7 +164,7 @@ def test_main__contribute_synthetic(site_path: Path, base_path: Path, tmp_path: 
 
 
 def test_main__contribute_killed_goes_on_and_ends_the_same(site_path: Path, base_path: Path, tmp_path: Path) -> None:
-    arguments = _arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path), "--images-seen", "2000")
+    arguments = _arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path), "--images-seen", "400")
     work_path = tmp_path / "work"
     command = [sys.executable, "-m", "gretfound.site", *arguments, "--work", str(work_path)]
     root = Path(__file__).parents[1]
@@ -181,9 +181,10 @@ def test_main__contribute_killed_goes_on_and_ends_the_same(site_path: Path, base
     assert not list(work_path.glob("*"))
     resumed.path.unlink()
     assert site.main(arguments) == site.EXIT_FIT
-    assert {file.path: file.sha256 for file in _package_in(tmp_path / "out").manifest.files} == {
-        file.path: file.sha256 for file in resumed.manifest.files
-    }
+    undisturbed = _package_in(tmp_path / "out")
+    for one, other in zip(resumed.manifest.files, undisturbed.manifest.files, strict=True):
+        # How often the loss is noted depends on the clock; what was learned does not.
+        assert one == other or one.path == "training/metrics.jsonl"
 
 
 def test_main__inspect_says_what_is_in_a_package(

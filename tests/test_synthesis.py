@@ -47,36 +47,29 @@ def test_make_wishes__follow_the_summary_and_differ_between_parts() -> None:
 
 
 def test_synthesize__a_job_that_was_killed_ends_with_the_same_rows(ray_cluster: None, tmp_path: Path) -> None:
-    shard_sets = []
-    for name in ("undisturbed", "killed"):
-        hub_uri = storage.normalised(str(tmp_path / name))
-        generator = _hub(hub_uri, tmp_path / f"{name}-work")
-        # An untrained generator draws no field of view, so nothing is left out here.
-        keys = [f"hub_uri={hub_uri}", "num_images=10", "images_per_shard=4", "num_steps=2", "is_screened=false"]
-        settings = canonical(load(synthesize.Config, keys))
-        recipe = lineage.recipe_id(
-            "synthesize", {each: settings[each] for each in synthesize.RESULT_KEYS}, [generator.id]
-        )
-        run_uri = storage.run_uri(hub_uri, recipe)
-        if name == "killed":
-            # A first run that died after its second part.
-            parts = synthesis.cut_into_parts(
-                generator=generator, contribution_id=generator.parents[0], run_uri=run_uri, num_images=10,
-                images_per_shard=4,
-            )  # fmt: skip
-            painter = synthesis.Painter(
-                hub_uri=hub_uri, seed=0, num_steps=2, guidance_scale=3.0, batch_size=16, jpeg_quality=95,
-                is_screened=False, device="cpu", precision="float32",
-            )  # fmt: skip
-            painter.paint(parts[1])
-            receipt = storage.read_bytes(parts[1].receipt_uri)
-        shard_set_id = synthesize.main([*keys, "cpus_per_actor=0.5", "num_actors=2"])
-        shard_sets.append(storage.read_record(hub_uri, shard_set_id, ShardSet))
-        assert synthesize.main(keys) == shard_set_id
-        assert len(storage.list_names(storage.join(run_uri, "parts"))) == 3
-    assert storage.read_bytes(parts[1].receipt_uri) == receipt
-    assert shard_sets[0].shards == shard_sets[1].shards
-    rows = [row for each in shard_sets[0].shards for row in shard.read_rows(storage.join(hub_uri, each.path))]
+    hub_uri = storage.normalised(str(tmp_path / "hub"))
+    generator = _hub(hub_uri, tmp_path / "work")
+    # An untrained generator draws no field of view, so nothing is left out here.
+    keys = [f"hub_uri={hub_uri}", "num_images=10", "images_per_shard=4", "num_steps=2", "is_screened=false"]
+    keys += ["cpus_per_actor=0.5", "num_actors=2"]
+    undisturbed = storage.read_record(hub_uri, synthesize.main(keys), ShardSet)
+    settings = canonical(load(synthesize.Config, keys))
+    recipe = lineage.recipe_id("synthesize", {each: settings[each] for each in synthesize.RESULT_KEYS}, [generator.id])
+    run_path = storage.local_path(storage.run_uri(hub_uri, recipe))
+    assert run_path is not None
+    # What a job leaves that dies after its second part: that part's shard and receipt, and another shard of its own.
+    receipts = sorted((run_path / "parts").iterdir())
+    assert len(receipts) == 3
+    (run_path / "record.json").unlink()
+    for receipt in (receipts[0], receipts[2]):
+        receipt.unlink()
+    kept = receipts[1].stat().st_mtime_ns
+    (tmp_path / "hub" / undisturbed.shards[0].path).unlink()
+    resumed = storage.read_record(hub_uri, synthesize.main(keys), ShardSet)
+    assert resumed == undisturbed
+    assert receipts[1].stat().st_mtime_ns == kept
+    rows = [row for each in resumed.shards for row in shard.read_rows(storage.join(hub_uri, each.path))]
     assert len(rows) == len({row["seed"] for row in rows}) == 10
     assert {(row["origin"], row["site_id"], row["patient"]) for row in rows} == {("synthetic", "aster", None)}
     assert all(row["prompt"].startswith("colour fundus photograph") for row in rows)
+    assert synthesize.main(keys) == undisturbed.id

@@ -635,7 +635,14 @@ def _sentence(num_tasks: int, counts: Mapping[str, Mapping[str, Any]]) -> str:
     below = sum(entry["num_below"] for entry in counts.values())
     closing = f"; it lies wholly below a baseline in {below} comparison(s)" if below else ""
     gains = ", ".join(f"{counts[baseline]['mean_gain']:+.3f} against {named[baseline]}" for baseline in above)
-    return f"{opening}: {detail}{closing}. Mean difference in AUROC: {gains}."
+    paired = ", ".join(
+        f"above {named[baseline]} on {entry['num_paired_above']} and below on {entry['num_paired_below']}"
+        for baseline, entry in counts.items()
+    )
+    return (
+        f"{opening}: {detail}{closing}. By the interval of the paired difference, which is sharper, it is {paired}. "
+        f"Mean difference in AUROC: {gains}."
+    )
 
 
 def describe(assessment: Assessment) -> dict[str, Any]:

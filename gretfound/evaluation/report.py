@@ -208,7 +208,7 @@ def _signed(interval: Mapping[str, float]) -> Markup:
     )
 
 
-FOREST_WIDTH, FOREST_LOW, FOREST_HIGH = 230, 0.3, 1.0
+FOREST_WIDTH, FOREST_LOW, FOREST_HIGH = 210, 0.3, 1.0
 
 
 def _forest_x(value: float) -> float:
@@ -281,13 +281,11 @@ def _loss_svg(loss_curve: Sequence[tuple[int, float]]) -> Markup:
     def place(seen: float, loss: float) -> str:
         return f"{left + width * seen / last_seen:.1f},{top + height * (high - loss) / (high - low):.1f}"
 
-    smooth, smoothed = losses[0], []
-    for loss in losses:
-        smooth = 0.9 * smooth + 0.1 * loss
-        smoothed.append(smooth)
+    reach = max(1, len(losses) // 40)
+    smoothed = [losses[max(0, i - reach) : i + reach + 1].mean() for i in range(len(losses))]
     raw = " ".join(place(seen, loss) for seen, loss in points)
     mean = " ".join(place(seen, loss) for (seen, _), loss in zip(points, smoothed, strict=True))
-    parts = [f'<svg class="plot wide" viewBox="0 0 {left + width + 16} {top + height + 40}" role="img">']
+    parts = [f'<svg class="plot wide" viewBox="0 0 {left + width + 34} {top + height + 40}" role="img">']
     for step in range(5):
         loss = low + (high - low) * step / 4
         y = top + height * (high - loss) / (high - low)

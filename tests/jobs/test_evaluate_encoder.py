@@ -139,7 +139,7 @@ def test_main__photograph_of_the_corpus_is_refused(hub, ray_cluster, tmp_path):
     table = metadata.read_metadata(path / "metadata.csv")
     (path / "traindata" / table.rows[2].image).write_bytes(held["image"])
     with pytest.raises(
-        LineageError, match=r"1 photograph\(s\) of 'leaky' \(lines 4 of its metadata.csv\) are in the corpus"
+        LineageError, match=r"1 photograph\(s\) of 'leaky' \(lines 4 of metadata.csv\) are in the corpus"
     ):
         evaluate_encoder.main(arguments(hub, f"evaluation_uris=[{path}]"))
 
