@@ -87,7 +87,9 @@ def _decoded(opened: Image.Image) -> Photograph:
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith(("I", "F")):
         levels = np.asarray(upright, dtype=np.float64)
-        top = 65_535.0 if levels.max() > 255 else 255.0
+        # The depth is not stored in the file: cameras write 8, 12 or 16 bits into sixteen.
+        top = next(limit for limit in (255.0, 4095.0, math.inf) if levels.max() <= limit)
+        top = 65_535.0 if math.isinf(top) else top
         grey = np.clip(levels * (255.0 / top), 0, 255).round().astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if "A" in upright.mode or "transparency" in upright.info:

@@ -674,14 +674,11 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, min_patients: int = 11) -> M
     texts = [_texts(row) for row in rows]
     counts: dict[str, dict[str, int]] = {}
     for key in SUMMARY_KEYS:
+        people: dict[str, set[str]] = {}
+        for patient, each in zip(patients, texts, strict=True):
+            people.setdefault(each.get(key, _BLANK), set()).add(patient)
         table = Counter(each.get(key, _BLANK) for each in texts)
-        released = {
-            value: count
-            for value, count in table.items()
-            if value == _BLANK
-            or len({patient for patient, each in zip(patients, texts, strict=True) if each.get(key) == value})
-            >= min_patients
-        }
+        released = {value: count for value, count in table.items() if len(people[value]) >= min_patients}
         if set(released) - {_BLANK}:
             counts[key] = dict(sorted(released.items()))
     pair_counts: dict[str, list[tuple[str, str, int]]] = {}

@@ -265,13 +265,17 @@ def _digest_of_inputs(
 def _examine(folder_path: Path, policy: SitePolicy) -> Examination:
     if not folder_path.is_dir():
         raise ConfigError(f"there is no folder {folder_path}; give the folder that holds traindata and metadata.csv")
-    with tqdm(desc="checking", unit="photograph", file=sys.stderr, leave=False) as bar:
+    with _bar("checking", None, leave=False) as bar:
 
         def show(num_done: int, num_total: int) -> None:
             bar.total = num_total
             bar.update(num_done - bar.n)
 
         return examination.examine(folder_path, policy=policy, on_progress=show)
+
+
+def _bar(doing: str, total: int | None, *, leave: bool = True) -> "tqdm[Any]":
+    return tqdm(desc=doing, total=total, unit=" photographs", file=sys.stderr, leave=leave, mininterval=0.5)
 
 
 def _default_key_path(site_id: str) -> Path:
@@ -352,7 +356,7 @@ def _sent_cells(summary: metadata.MetadataSummary, cells: dict[str, Any], key: b
 
 
 def _write_real_shards(tasks: Sequence[_Task], shards_path: Path, work_path: Path, doing: str) -> None:
-    with _pool(len(tasks)) as pool, tqdm(total=len(tasks), desc=doing, unit="photograph", file=sys.stderr) as bar:
+    with _pool(len(tasks)) as pool, _bar(doing, len(tasks)) as bar:
 
         def rows_of(part: range) -> Iterator[dict[str, Any]]:
             chosen = [tasks[index] for index in part]
@@ -393,7 +397,7 @@ def _trained(
     metrics_path = work_path / "metrics.jsonl"
     with (
         metrics_path.open("a") as metrics,
-        tqdm(total=recipe.images_seen, desc="training", unit="photograph", file=sys.stderr) as bar,
+        _bar("training", recipe.images_seen) as bar,
     ):
 
         def show(progress: "fit.Progress") -> None:
@@ -444,7 +448,7 @@ def _draw_shards(
     generator_id = f"site-{storage.sha256_of(adapter_path / pipeline.ADAPTER_TENSORS)[: lineage.ID_HEX_DIGITS]}"
     cells = metadata.draw_cells(summary, num=recipe.num_drawn, seed=recipe.seed)
     captions = [metadata.caption(each) for each in cells]
-    with tqdm(total=recipe.num_drawn, desc="drawing", unit="photograph", file=sys.stderr) as bar:
+    with _bar("drawing", recipe.num_drawn) as bar:
 
         def rows_of(part: range) -> Iterator[dict[str, Any]]:
             drawn = sampling.draw_photographs(

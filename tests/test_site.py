@@ -164,7 +164,7 @@ def test_main__contribute_synthetic(site_path: Path, base_path: Path, tmp_path: 
 
 
 def test_main__contribute_killed_goes_on_and_ends_the_same(site_path: Path, base_path: Path, tmp_path: Path) -> None:
-    arguments = _arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path), "--images-seen", "400")
+    arguments = _arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path), "--images-seen", "240")
     work_path = tmp_path / "work"
     command = [sys.executable, "-m", "gretfound.site", *arguments, "--work", str(work_path)]
     root = Path(__file__).parents[1]

@@ -1,0 +1,198 @@
+"""The dictionary of columns, captions and the summary, against hand-made truths and the real sites."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from gretfound import metadata
+from tests.conftest import REAL_PHOTOGRAPHS
+
+COLUMN = {column.name: column for column in metadata.COLUMNS}
+
+
+def read(folder: Path, content: str | bytes) -> metadata.MetadataTable:
+    path = folder / "metadata.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return metadata.read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "value"),
+    [
+        ("DR", "R0", 0), ("DR", "R1", 1), ("DR", "R2", 3), ("DR", "R3", 4), ("DR", "2", 2), ("DR", "2.0", 2),
+        ("DR", "PDR", 4), ("DR", "NPDR mild", 1), ("DR", "mild diabetic retinopathy", 1),
+        ("DR", "diabetic retinopathy", "present"), ("DR", "", None), ("DR", "n/a", None),
+        ("DME", "M0", 0), ("DME", "severe macular edema", 2), ("DME", "mild macular oedema", 1),
+        ("Eye", "od", "right"), ("Eye", "OS", "left"), ("Eye", "R", "right"), ("Eye", "Left", "left"),
+        ("Sex", "F", "female"), ("Sex", "woman", "female"), ("Sex", "Male", "male"),
+        ("Age", "62 years", 62.0), ("Age", "62,5", 62.5),
+        ("HbA1c", "7.2 %", 7.2), ("SBP", "135 mmHg", 135.0), ("FieldOfView", "45 degrees", 45.0),
+        ("Glaucoma", "glaucoma", True), ("Glaucoma", "healthy", False), ("Glaucoma", "no glaucoma", False),
+        ("AMD", "yes", True), ("Stroke", "0", False), ("CKD", "absent", False), ("Dementia", "present", True),
+    ],
+)  # fmt: skip
+def test_parse_cell__as_the_field_writes(column, text, value) -> None:
+    parsed = metadata.parse_cell(COLUMN[column], text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(("ifcc", "ngsp"), [(42, 6.0), (48, 6.5), (53, 7.0), (64, 8.0), (75, 9.0)])
+def test_parse_cell__hba1c_of_the_published_table(ifcc, ngsp) -> None:
+    assert metadata.parse_cell(COLUMN["HbA1c"], f"{ifcc} mmol/mol") == pytest.approx(ngsp, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        ("Age", "130"), ("Age", "-3"), ("Age", "old"), ("HbA1c", "55"), ("SBP", "20"), ("FieldOfView", "300"),
+        ("DR", "5"), ("DR", "perhaps"), ("Glaucoma", "suspect"), ("Sex", "3"), ("Age", "62 kg"),
+    ],
+)  # fmt: skip
+def test_parse_cell__never_guesses(column, text) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        metadata.parse_cell(COLUMN[column], text)
+
+
+def test_columns__are_those_of_the_design() -> None:
+    assert len(metadata.COLUMNS) == 26
+    assert len({column.key for column in metadata.COLUMNS}) == 26
+
+
+def test_read_metadata__header_is_forgiven_and_unknown_columns_reported(tmp_path) -> None:
+    table = read(tmp_path, "IMAGE, heart_failure ,field of view,Shoe Size\na.jpg,yes,45,43\n")
+    assert table.rows[0].cells == {"heart_failure": True, "field_of_view": 45.0}
+    assert table.unknown_columns == ["Shoe Size"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["\ufeffImage,Age\na.jpg,62.5\n", "Image;Age\na.jpg;62,5\n", "Image\tAge\r\na.jpg\t62.5\r\n"],
+    ids=["byte-order-mark", "semicolon", "tab"],
+)
+def test_read_metadata__spreadsheet_dialects(tmp_path, content) -> None:
+    table = read(tmp_path, content)
+    assert [(row.image, row.cells) for row in table.rows] == [("a.jpg", {"age": 62.5})]
+    assert not table.problems
+
+
+def test_read_metadata__problem_has_row_value_and_nearest_word(tmp_path) -> None:
+    table = read(tmp_path, "Image,DR,Sex\na.jpg,mild,F\nb.jpg,modderate,F\nc.jpg,,M\n")
+    (problem,) = table.problems
+    assert (problem.row, problem.column, problem.value, problem.suggestion) == (3, "DR", "modderate", "moderate")
+    assert "dr" not in table.rows[1].cells and table.rows[1].cells["sex"] == "female"
+    counts = table.counts_by_column["DR"]
+    assert (counts.num_parsed, counts.num_blank, counts.num_not_understood) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("content", ["", "Age,DR\n62,mild\n"], ids=["empty", "no-image-column"])
+def test_read_metadata__says_what_is_required(tmp_path, content) -> None:
+    with pytest.raises(ValueError, match="Image"):
+        read(tmp_path, content)
+
+
+def test_read_metadata__ungraded_retinopathy_is_present(tmp_path) -> None:
+    table = read(tmp_path, "Image,DR\na.jpg,diabetic retinopathy\nb.jpg,R0\nc.jpg,2\n")
+    assert [row.cells for row in table.rows] == [
+        {"dr_present": True},
+        {"dr": 0, "dr_present": False},
+        {"dr": 2, "dr_present": True},
+    ]
+
+
+@pytest.mark.skipif(not REAL_PHOTOGRAPHS.is_dir(), reason="the real photographs are not on this machine")
+@pytest.mark.parametrize(("site", "num_rows"), [("chasedb1", 28), ("hrf", 45), ("idrid", 413), ("idrid_test", 103)])
+def test_read_metadata__real_sites(site, num_rows) -> None:
+    table = metadata.read_metadata(REAL_PHOTOGRAPHS / site / "metadata.csv")
+    assert (len(table.rows), table.problems, table.unknown_columns) == (num_rows, [], [])
+
+
+def test_caption__of_the_memo() -> None:
+    cells = {"camera": "Topcon", "country": "United Kingdom", "sex": "female", "age": 62.0, "dr": 2}
+    assert metadata.caption(cells) == (
+        "colour fundus photograph, moderate non-proliferative diabetic retinopathy, 62-year-old woman, British, Topcon"
+    )
+    assert metadata.caption({}) == "colour fundus photograph"
+
+
+def test_caption__absence_is_said_of_ocular_disease_only() -> None:
+    said = metadata.caption({"glaucoma": False, "stroke": False, "ckd": True})
+    assert "no glaucoma" in said and "stroke" not in said and "chronic kidney disease" in said
+
+
+def test_arrow_values__every_field_and_no_other() -> None:
+    values = metadata.arrow_values({"dr": 2})
+    assert list(values) == [field.name for field in metadata.ARROW_FIELDS]
+    assert [name for name, value in values.items() if value is not None] == ["dr"]
+    with pytest.raises(ValueError, match="no columns"):
+        metadata.arrow_values({"shoe_size": 43})
+
+
+def people(num: int) -> list[metadata.Cells]:
+    """Rows in which grade depends on age and sex is even, two photographs a person."""
+    rng = np.random.default_rng(0)
+    rows: list[metadata.Cells] = []
+    for person in range(num):
+        age = float(rng.integers(40, 80))
+        grade = int(rng.choice(5, p=(0.2, 0.2, 0.2, 0.2, 0.2) if age >= 60 else (0.6, 0.2, 0.1, 0.05, 0.05)))
+        cells = {"patient": f"p{person}", "age": age, "dr": grade, "dr_present": grade > 0}
+        rows += [{**cells, "sex": "female" if person % 2 else "male", "glaucoma": person % 5 == 0}] * 2
+    return rows
+
+
+def test_summarise__few_patients_are_left_out() -> None:
+    rows = [{"patient": f"p{place}", "camera": "Topcon"} for place in range(11)]
+    rows += [{"patient": f"q{place % 10}", "camera": "Rare"} for place in range(40)]  # 40 photographs of 10 people
+    summary = metadata.summarise(rows, min_patients=11)
+    assert "Topcon" in summary.counts["camera"] and "Rare" not in summary.counts["camera"]
+    assert summary.num_patients == 21
+    assert "Rare" not in json.dumps(metadata.summary_to_json(summary))
+
+
+def test_summarise__pairs_are_suppressed_too() -> None:
+    summary = metadata.summarise(people(150))
+    assert summary.pair_counts
+    for name, cells in summary.pair_counts.items():
+        first, second = name.split("*")
+        assert (first, second) in metadata.PAIRS
+        assert all(count >= 11 for *_, count in cells)
+
+
+def test_summarise__no_patient_in_the_release() -> None:
+    assert "p17" not in json.dumps(metadata.summary_to_json(metadata.summarise(people(100))))
+
+
+@pytest.mark.parametrize(("age", "band"), [(3, "<20"), (19.9, "<20"), (20, "20-24"), (89.5, "85-89"), (97, "90+")])
+def test_age_band__ends_are_merged(age, band) -> None:
+    assert metadata.age_band(age) == band
+
+
+def test_summary_from_json__round_trip() -> None:
+    summary = metadata.summarise(people(100))
+    text = json.dumps(metadata.summary_to_json(summary), sort_keys=True)
+    again = metadata.summary_from_json(json.loads(text))
+    assert again == summary
+    assert json.dumps(metadata.summary_to_json(again), sort_keys=True) == text
+    with pytest.raises(ValueError, match="summary"):
+        metadata.summary_from_json({"schema": "other"})
+
+
+def test_draw_cells__row_does_not_depend_on_num() -> None:
+    summary = metadata.summarise(people(100))
+    assert metadata.draw_cells(summary, num=40, seed=3)[:15] == metadata.draw_cells(summary, num=15, seed=3)
+    assert metadata.draw_cells(summary, num=15, seed=3) != metadata.draw_cells(summary, num=15, seed=4)
+
+
+def test_draw_cells__follows_the_counts_and_the_listed_pairs() -> None:
+    rows = people(1500)
+    drawn = metadata.draw_cells(metadata.summarise(rows), num=3000, seed=1)
+    for key in ("dr", "sex", "glaucoma"):
+        truth, found = (Counter(row[key] for row in each) for each in (rows, drawn))
+        expected = np.array([truth[value] for value in sorted(truth)]) * len(drawn) / len(rows)
+        assert chisquare([found[value] for value in sorted(truth)], expected).pvalue > 1e-3, key
+    for old in (False, True):
+        share_of = [np.mean([row["dr"] == 0 for row in each if (row["age"] >= 60) == old]) for each in (rows, drawn)]
+        assert share_of[0] == pytest.approx(share_of[1], abs=0.05)

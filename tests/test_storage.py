@@ -1,0 +1,105 @@
+"""Storage: whole objects or none, on disk and on S3, verified by digest; a ledger that shows every change."""
+
+import concurrent.futures
+import json
+from pathlib import Path
+
+import pytest
+
+from gretfound import storage
+from gretfound.errors import LineageError, StorageError
+from gretfound.lineage import Encoder, Report
+
+
+@pytest.fixture(params=["file", "s3"])
+def hub_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "file":
+        return storage.normalised(str(tmp_path / "hub"))
+    return str(request.getfixturevalue("s3_hub")) + f"-{tmp_path.name}"
+
+
+def test_bytes__round_trip_and_listing(hub_uri: str) -> None:
+    uri = storage.join(hub_uri, "a", "b.bin")
+    assert not storage.exists(uri) and storage.list_uris(hub_uri) == [] and storage.list_names(hub_uri) == []
+    storage.write_bytes(uri, b"one")
+    storage.write_bytes(uri, b"two")
+    storage.write_json(storage.join(hub_uri, "c.json"), {"x": 1})
+    assert storage.read_bytes(uri) == b"two" and storage.exists(uri)
+    assert storage.list_uris(hub_uri) == [uri, storage.join(hub_uri, "c.json")]
+    assert storage.list_names(hub_uri) == ["a", "c.json"]
+    with pytest.raises(StorageError, match="does not exist"):
+        storage.read_bytes(storage.join(hub_uri, "absent"))
+
+
+def test_create_bytes__of_many_writers_one_wins(hub_uri: str) -> None:
+    uri = storage.join(hub_uri, "lease")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda index: storage.create_bytes(uri, str(index).encode()), range(8)))
+    assert sum(won) == 1
+    assert storage.read_bytes(uri) == str(won.index(True)).encode()
+
+
+def an_encoder(**changes: object) -> Encoder:
+    values = {
+        "architecture": "vit",
+        "objective": "mae",
+        "image_size_px": 32,
+        "images_seen": 10,
+        "final_loss": 0.5,
+        "recipe_id": "pretrain-1",
+    }
+    return Encoder(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_publish_folder__fetched_again_and_found_by_recipe(hub_uri: str, tmp_path: Path) -> None:
+    (tmp_path / "made" / "sub").mkdir(parents=True)
+    (tmp_path / "made" / "sub" / "weights.bin").write_bytes(b"w" * 1000)
+    assert storage.finished_record(hub_uri, "pretrain-1", Encoder) is None
+    record = storage.publish_folder(hub_uri, tmp_path / "made", an_encoder())
+    assert storage.read_record(hub_uri, record.id, Encoder) == record
+    assert storage.finished_record(hub_uri, "pretrain-1", Encoder) == record
+    assert [each.id for each in storage.read_records(hub_uri, Encoder)] == [record.id]
+    fetched = storage.fetch_folder(hub_uri, record, tmp_path / "fetched")
+    assert (fetched / "sub" / "weights.bin").read_bytes() == b"w" * 1000
+    storage.write_bytes(storage.join(storage.record_uri(hub_uri, record), "sub/weights.bin"), b"w" * 999 + b"x")
+    with pytest.raises(StorageError, match="not what its record says"):
+        storage.fetch_folder(hub_uri, record, tmp_path / "again")
+    assert not (tmp_path / "again" / "sub" / "weights.bin").exists(), "nothing half-written"
+
+
+def test_read_record__changed_absent_or_of_another_kind(hub_uri: str) -> None:
+    record = an_encoder()
+    storage.write_record(hub_uri, record)
+    with pytest.raises(LineageError, match="required the id of a report"):
+        storage.read_record(hub_uri, record.id, Report)
+    with pytest.raises(LineageError, match="no record"):
+        storage.read_record(hub_uri, "encoder-00000000000000000000", Encoder)
+    uri = storage.join(hub_uri, "encoders", record.id, "record.json")
+    storage.write_json(uri, storage.read_json(uri) | {"images_seen": 11})
+    with pytest.raises(LineageError, match="was changed"):
+        storage.read_record(hub_uri, record.id, Encoder)
+
+
+def test_ledger__many_writers_make_one_chain(hub_uri: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(
+            pool.map(lambda index: storage.append_to_ledger(hub_uri, event="accepted", subject=f"x-{index}"), range(8))
+        )
+    entries = list(storage.read_ledger(hub_uri))
+    assert [entry["index"] for entry in entries] == list(range(8))
+    assert {entry["subject"] for entry in entries} == {f"x-{index}" for index in range(8)}
+    changed = storage.join(hub_uri, "ledger", "00000003.json")
+    storage.write_bytes(changed, json.dumps(storage.read_json(changed) | {"subject": "y"}).encode())
+    with pytest.raises(LineageError, match="entry 4 is the first bad one"):
+        list(storage.read_ledger(hub_uri))
+
+
+def test_filesystem__unknown_scheme() -> None:
+    with pytest.raises(StorageError, match="required one of file, s3, gs, abfs"):
+        storage.filesystem("ftp://host/hub")
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/hub/x", "abfs://container@account.dfs.core.windows.net/hub/x"])
+def test_filesystem__clouds_are_opened_by_pyarrow(uri: str) -> None:
+    opened, path = storage.filesystem(uri)
+    assert opened.type_name in ("gcs", "abfs") and path.endswith("hub/x")
