@@ -5,6 +5,7 @@ without Ray) or in each worker of a Ray Train run that `run` starts; DeepSpeed Z
 Progress and schedules are counted in images.
 """
 
+import json
 import logging
 import math
 import random
@@ -28,6 +29,7 @@ from gretfound.errors import ConfigError, NonFiniteLoss, StorageError
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
+_WORKERS_NAME = "num_workers.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +305,12 @@ class RayCheckpoints:
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
+            num_workers = json.loads((Path(folder) / _WORKERS_NAME).read_text())
+            if num_workers != _world_size():
+                raise ConfigError(
+                    f"this run was begun with {num_workers} worker(s) and ZeRO's checkpoints are bound to that; found "
+                    f"{_world_size()}. Continue with cluster.num_workers={num_workers}"
+                )
             path, client_state = engine.load_checkpoint(folder)
         if path is None:
             raise StorageError(f"the checkpoint {checkpoint.path} holds no state; remove it and run the job again")
@@ -317,6 +325,7 @@ class RayCheckpoints:
         name = _checkpoint_name(images_seen)
         with storage.scratch_folder() as folder:
             engine.save_checkpoint(folder, tag="state", client_state={"images_seen": images_seen, "losses": losses})
+            (Path(folder) / _WORKERS_NAME).write_text(json.dumps(_world_size()))
             ray.train.report(
                 {"images_seen": images_seen, "loss": losses[-1]},
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -380,7 +389,9 @@ def run(
             storage_filesystem=opened,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=num_checkpoints_kept),
             # The defaults of Ray 2.60 retry for ever; a run that cannot start must say so.
-            failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=max_failures, controller_failure_limit=3, max_preemption_failures=100
+            ),
         ),
     )
     return trainer.fit()

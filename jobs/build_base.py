@@ -8,10 +8,9 @@ on photographs: those of a site folder, or drawn ones. Training runs in this pro
 anew. Records one Generator without a site and prints its id.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
@@ -26,9 +25,11 @@ class NetworksConfig:
     """The networks of a pipeline that is built; see `gretfound.generator.pipeline.build_pipeline`."""
 
     resolution_px: int = setting(64, "side of the square photographs, pixels")
-    latent_channels: int = setting(4, "channels of the latents")
-    vae_channels: list[int] = setting([16, 32, 64], "channels of the autoencoder from fine to coarse; each step halves")
-    unet_channels: list[int] = setting([64, 128], "channels of the UNet from fine to coarse; each step halves")
+    latent_channels: int = setting(8, "channels of the latents")
+    encoder_width: int = setting(48, "channels within the autoencoder's encoder")
+    decoder_width: int = setting(16, "channels within the autoencoder's decoder")
+    num_halvings: int = setting(2, "how often the autoencoder halves the side")
+    unet_channels: list[int] = setting([32, 64, 128], "channels of the UNet from fine to coarse; each step halves")
     unet_layers: int = setting(1, "residual blocks at each resolution of the UNet")
     text_width: int = setting(64, "width of the text encoder")
     text_layers: int = setting(1, "transformer layers of the text encoder")
@@ -36,25 +37,14 @@ class NetworksConfig:
 
 
 @dataclass(frozen=True)
-class AutoencodingConfig:
-    """The training of the autoencoder."""
-
-    num_images: int = setting(2400, "photographs to train on, repeats counted")
-    batch_size: int = setting(8, "photographs a step")
-    learning_rate: float = setting(2e-3, "peak learning rate")
-    edge_weight: float = setting(0.5, "weight of the differences between neighbouring pixels")
-    kl_weight: float = setting(1e-3, "weight of the divergence from a standard normal")
-
-
-@dataclass(frozen=True)
-class DenoisingConfig:
-    """The training of the UNet and the text encoder."""
+class TrainingConfig:
+    """The training of the UNet and the text encoder; the autoencoder is fitted in closed form."""
 
     num_images: int = setting(8000, "photographs to train on, repeats counted")
     batch_size: int = setting(16, "photographs a step")
     learning_rate: float = setting(1e-3, "peak learning rate")
     caption_dropout: float = setting(0.1, "share of images that see the empty caption")
-    min_snr_gamma: float | None = setting(5.0, "min-SNR weighting; null: all times weigh alike")
+    min_snr_gamma: float | None = setting(None, "min-SNR weighting; null: all times weigh alike")
 
 
 @dataclass(frozen=True)
@@ -69,8 +59,7 @@ class Config:
     seed: int = setting(0, "decides photographs, weights, order and noise")
     project: str = setting("gretfound", "the W&B project")
     networks: NetworksConfig = setting(NetworksConfig())
-    autoencoding: AutoencodingConfig = setting(AutoencodingConfig())
-    denoising: DenoisingConfig = setting(DenoisingConfig())
+    training: TrainingConfig = setting(TrainingConfig())
 
     def __post_init__(self) -> None:
         """Checks what spans keys."""
@@ -121,7 +110,7 @@ def adopt(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -
 
 def build(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -> "tuple[Path, Generator]":
     """Builds a small pipeline and trains it from nothing."""
-    from gretfound import metadata, storage, tracking
+    from gretfound import metadata, tracking
     from gretfound.generator import finetune, pipeline, pretraining
     from gretfound.lineage import Generator
 
@@ -131,27 +120,15 @@ def build(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -
     squares = list(finetune.squares_of(encoded, resolution_px=config.networks.resolution_px))
     words = {word for square in squares for word in square.caption.split()} | set(metadata.caption_words())
     untrained = pipeline.build_pipeline(**asdict(config.networks), vocabulary=sorted(words), seed=config.seed)
-    stages: dict[str, tuple[Callable[..., Any], Any]] = {
-        "autoencoding": (pretraining.train_autoencoder, config.autoencoding),
-        "denoising": (pretraining.train_denoiser, config.denoising),
-    }
-    for name, (train, group) in stages.items():
-        stage_uri = storage.join(run_uri, name)
-        tracker = tracking.Tracker(
-            stage_uri,
-            run_id=f"{recipe_id}-{name}",
-            project=config.project,
-            group=recipe_id,
-            settings=canonical(config),
+    tracker = tracking.Tracker(run_uri, run_id=recipe_id, project=config.project, settings=canonical(config))
+    with tracker, tracking.progress_bar(run_uri, "training the base"):
+        summary = pretraining.train_from_nothing(
+            untrained,
+            squares,
+            seed=config.seed,
+            on_progress=lambda progress: tracker.write(asdict(progress)),
+            **asdict(config.training),
         )
-        with tracker, tracking.progress_bar(stage_uri, name):
-            summary = train(
-                untrained,
-                squares,
-                seed=config.seed,
-                on_progress=lambda progress, tracker=tracker: tracker.write(asdict(progress)),
-                **asdict(group),
-            )
     path = pipeline.save_pipeline(untrained, scratch_path / "pipeline")
     record = Generator(
         recipe_id=recipe_id,

@@ -157,7 +157,7 @@ def call_endpoint(release_uri: str, hub_path: Path, photograph_path: Path) -> in
     boundary = "gretfound-demo"
     body = (
         (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="photograph.jpg"\r\n'
+            f'--{boundary}\r\nContent-Disposition: form-data; name="images"; filename="photograph.jpg"\r\n'
             "Content-Type: image/jpeg\r\n\r\n"
         ).encode()
         + photograph_path.read_bytes()

@@ -7,7 +7,6 @@ serve deploy conf/serve/laptop.yaml
 """
 
 import asyncio
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from serve.gate import RETRY_AFTER_S
 from serve.keys import KeyRing
 from serve.protocol import Arguments
 
-log = logging.getLogger(__name__)
 HEALTH_TIMEOUT_S = 2.0
 Squares = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]

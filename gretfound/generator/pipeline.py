@@ -18,7 +18,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from gretfound import storage
 from gretfound.errors import ConfigError, ContributionRejected, LineageError, StorageError
+from gretfound.generator import autoencoding
 from gretfound.lineage import Generator
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,9 @@ def build_pipeline(
     *,
     resolution_px: int,
     latent_channels: int,
-    vae_channels: Sequence[int],
+    encoder_width: int,
+    decoder_width: int,
+    num_halvings: int,
     unet_channels: Sequence[int],
     unet_layers: int,
     text_width: int,
@@ -79,8 +82,10 @@ def build_pipeline(
     Args:
         resolution_px: Side of the square photographs.
         latent_channels: Channels of the latents.
-        vae_channels: Channels of the VAE from fine to coarse; each step but the first halves the side.
-        unet_channels: Channels of the UNet from fine to coarse; cross-attention sits at every resolution.
+        encoder_width: Channels within the autoencoder's encoder.
+        decoder_width: Channels within its decoder.
+        num_halvings: How often the autoencoder halves the side.
+        unet_channels: Channels of the UNet from fine to coarse; captions are attended to at all levels but the finest.
         unet_layers: Residual blocks at each resolution of the UNet.
         text_width: Width of the text encoder and of the cross-attention.
         text_layers: Transformer layers of the text encoder.
@@ -91,38 +96,32 @@ def build_pipeline(
     Raises:
         ConfigError: If the sizes do not fit together.
     """
-    shrink = 2 ** (len(vae_channels) - 1)
+    shrink = 2**num_halvings
     deepest = shrink * 2 ** (len(unet_channels) - 1)
     if resolution_px % deepest:
         raise ConfigError(
-            f"resolution_px={resolution_px} must be a multiple of {deepest}: vae_channels and unet_channels halve the "
-            f"side {len(vae_channels) - 1} and {len(unet_channels) - 1} times"
+            f"resolution_px={resolution_px} must be a multiple of {deepest}: num_halvings={num_halvings}, and "
+            f"unet_channels halve the side {len(unet_channels) - 1} times more"
         )
-    odd = [width for width in [*vae_channels, *unet_channels, text_width] if width % 8]
+    odd = [width for width in [*unet_channels, text_width] if width % 8]
     if odd:
-        raise ConfigError(f"vae_channels, unet_channels and text_width must be multiples of 8; found {odd}")
+        raise ConfigError(f"unet_channels and text_width must be multiples of 8; found {odd}")
     tokenizer = build_tokenizer(vocabulary, max_tokens=max_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
+        vae = autoencoding.build_autoencoder(
             latent_channels=latent_channels,
-            block_out_channels=tuple(vae_channels),
-            down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
-            up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
-            layers_per_block=1,
-            norm_num_groups=8,
-            sample_size=resolution_px,
-            mid_block_add_attention=False,
+            encoder_width=encoder_width,
+            decoder_width=decoder_width,
+            num_halvings=num_halvings,
         )
         unet = UNet2DConditionModel(
             sample_size=resolution_px // shrink,
             in_channels=latent_channels,
             out_channels=latent_channels,
             block_out_channels=tuple(unet_channels),
-            down_block_types=("CrossAttnDownBlock2D",) * len(unet_channels),
-            up_block_types=("CrossAttnUpBlock2D",) * len(unet_channels),
+            down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (len(unet_channels) - 1)),
+            up_block_types=(*("CrossAttnUpBlock2D",) * (len(unet_channels) - 1), "UpBlock2D"),
             layers_per_block=unet_layers,
             cross_attention_dim=text_width,
             attention_head_dim=max(width // 32 for width in unet_channels) or 1,
@@ -142,8 +141,15 @@ def build_pipeline(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
+    # The linear schedule ends in noise alone, and a predicted velocity stays finite there: Stable Diffusion's own
+    # schedule lets colour through, which a generator of few weights then draws as its mean (Lin et al. 2023).
     scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        steps_offset=1,
     )
     return StableDiffusionPipeline(
         vae=vae.eval(),

@@ -68,7 +68,8 @@ def test_load_pipeline__a_component_with_foreign_code_is_refused(base_path: Path
 def test_build_pipeline__sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="resolution_px=36"):
         pipeline.build_pipeline(
-            resolution_px=36, latent_channels=4, vae_channels=[8, 16], unet_channels=[8, 16, 16], unet_layers=1,
+            resolution_px=36, latent_channels=4, encoder_width=12, decoder_width=8, num_halvings=1,
+            unet_channels=[8, 16, 16], unet_layers=1,
             text_width=32, text_layers=1, max_tokens=8, vocabulary=[], seed=0,
         )  # fmt: skip
 

@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -176,43 +176,46 @@ def test_conf__each_serve_file_is_what_ray_and_the_application_take(path: Path) 
 
 
 @pytest.mark.slow
-def test_serve_run__a_fine_tuning_job_runs_as_a_ray_job(
+def test_serve_deploy__a_fine_tuning_job_runs_as_a_ray_job(
     place: Place, key_set: Keys, training_path: Path, tmp_path: Path
 ) -> None:
-    port = free_port()
+    head_port, dashboard_port, agent_port, port = (free_port() for _ in range(4))
     chosen = arguments(place, key_set, tmp_path / "cache", training_roots=[str(training_path.parent)])
-    content = {
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [{"name": "gretfound", "import_path": "serve.app:app", "args": chosen.model_dump(mode="json")}],
-    }
-    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(content))
-    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-    del environment["RAY_AUTH_MODE"]  # with a token, as Ray does by default
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(tmp_path / "serve.yaml")]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    application = {"name": "gretfound", "import_path": "serve.app:app", "args": chosen.model_dump(mode="json")}
+    http_options = {"host": "127.0.0.1", "port": port}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"http_options": http_options, "applications": [application]}))
+    programs = Path(sys.executable).parent
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    temporary = tempfile.TemporaryDirectory(prefix="gf", dir="/tmp", ignore_cleanup_errors=True)  # sockets: short paths
+    command = [str(programs / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={temporary.name}"]
+    ports = [f"--port={head_port}", f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={agent_port}"]
+    head = subprocess.Popen([*command, *ports], env=environment, cwd=ROOT, start_new_session=True)
     try:
+        wait_until(lambda: httpx.get(f"http://127.0.0.1:{dashboard_port}/api/version").status_code in (200, 401), head)
+        deploy = [str(programs / "serve"), "deploy", "-a", f"http://127.0.0.1:{dashboard_port}"]
+        subprocess.run([*deploy, str(tmp_path / "serve.yaml")], env=environment, cwd=ROOT, check=True, timeout=120)
         headers, url = bearer(key_set.finetune), f"http://127.0.0.1:{port}"
-        wait_until(lambda: httpx.get(f"{url}/healthz").status_code == 200, process)
+        wait_until(lambda: httpx.get(f"{url}/healthz").status_code == 200, head)
         sent = {"training_uri": str(training_path), "label_column": "DR", "seed": 3}
         asked = httpx.post(f"{url}/v1/fine_tuning/jobs", json=sent, headers=headers, timeout=60)
         assert asked.status_code == 202, asked.text
         job_url = f"{url}/v1/fine_tuning/jobs/{asked.json()['fine_tuning_job_id']}"
-        wait_until(lambda: httpx.get(job_url, headers=headers).json()["state"] in ("succeeded", "failed"), process)
+        wait_until(lambda: httpx.get(job_url, headers=headers).json()["state"] in ("succeeded", "failed"), head)
         assert httpx.get(job_url, headers=headers).json()["error"] == ""
         files = {"images": ("x.png", photograph(seed=700, brightness=190), "image/png")}
         fields = {"fine_tuning_job_id": asked.json()["fine_tuning_job_id"]}
         answer = httpx.post(f"{url}/v1/predictions", files=files, data=fields, headers=headers, timeout=60).json()
         assert max(answer["predictions"][0].items(), key=lambda entry: entry[1])[0] == "2"
     finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
+        head.terminate()
+        head.wait(60)
+        temporary.cleanup()
 
 
-def wait_until(is_done: object, process: subprocess.Popen[bytes], timeout_s: float = 120.0) -> None:
-    assert callable(is_done)
+def wait_until(is_done: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float = 180.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
-        assert process.poll() is None, "serve run ended"
+        assert process.poll() is None, "Ray ended"
         try:
             if is_done():
                 return

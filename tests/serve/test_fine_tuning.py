@@ -142,7 +142,7 @@ def test_ask__unfinished_jobs_of_one_owner_are_limited(opened: Opened, key_set: 
 
 def test_ask__a_cluster_that_takes_no_job_is_told(opened: Opened, key_set: Keys, training_path: Path) -> None:
     class Closed(InProcess):
-        def start(self, job: fine_tuning.FineTuningJob, uri: str) -> None:  # noqa: ARG002
+        def start(self, job: fine_tuning.FineTuningJob, uri: str) -> None:
             raise LaunchError("the cluster's job server took no job: refused")
 
     desk = dataclasses.replace(opened.desk, launcher=Closed(training_path))

@@ -112,12 +112,12 @@ class InProcess:
         self.num_started = 0
         self.is_up = True
 
-    def start(self, job: FineTuningJob, uri: str) -> None:  # noqa: ARG002
+    def start(self, job: FineTuningJob, uri: str) -> None:
         self.num_started += 1
         if self.is_up:
             fine_tune_head.main([f"job_uri={uri}", f"cache_path={self.cache_path}", "num_resamples=50"])
 
-    def is_running(self, job: FineTuningJob) -> bool:  # noqa: ARG002
+    def is_running(self, job: FineTuningJob) -> bool:
         return False
 
 

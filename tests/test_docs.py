@@ -1,0 +1,59 @@
+"""The documentation: README's commands run in an empty directory, links lead somewhere, named commands exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.conftest import ROOT
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_readme__its_commands_run_in_an_empty_directory(tmp_path: Path) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    answer = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    corpora = list((tmp_path / "runs" / "readme" / "hub" / "corpora").glob("corpus-*/record.json"))
+    assert len(corpora) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages__links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages__named_modules_and_layers_exist(page: Path) -> None:
+    text = page.read_text()
+    for module in re.findall(r"python -m ((?:jobs|serve|gretfound)\.\w+)", text):
+        assert module == "jobs.NAME" or (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name}: {module}"
+    for layer in re.findall(r"\bconf/[\w/]+\.yaml", text):
+        assert (ROOT / layer).exists(), f"{page.name}: {layer}"
+
+
+def test_tree__no_photograph_and_nothing_large_is_committed() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        assert not name.lower().endswith((".jpg", ".jpeg", ".png", ".tif", ".tiff", ".dcm", ".ppm")), name
+        path = ROOT / name
+        assert not path.is_file() or path.stat().st_size < 500_000, name
