@@ -46,7 +46,9 @@ def set_up_logging() -> None:
 def start_ray() -> None:
     """Joins the cluster that runs this job (`RAY_ADDRESS`), or starts one on this machine; does nothing if joined."""
     import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells every execution's plan otherwise
     if not ray.is_initialized():
         root = str(Path(__file__).parents[1])
         search_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

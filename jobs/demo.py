@@ -112,6 +112,11 @@ def _folder_and_form(text: str, weights_from_images: int) -> tuple[Path, str]:
     return path, form
 
 
+def keys_path_of(hub_path: Path) -> Path:
+    """Returns where the demo keeps the sites' and the committee's secrets: beside the hub, never in it."""
+    return hub_path.with_name(f"{hub_path.name}.keys")
+
+
 def contribute(config: Config, folder: Path, form: str, base_path: Path, hub_path: Path) -> Path:
     """Runs `gretfound-site contribute` on a site folder, as the site would; returns the package."""
     from gretfound import site
@@ -121,7 +126,7 @@ def contribute(config: Config, folder: Path, form: str, base_path: Path, hub_pat
     code = site.main(
         [
             *("contribute", str(folder), "--form", form, "--site-id", site_id, "--out", str(out_path)),
-            *("--policy", "demonstration", "--key", str(hub_path / "site_keys" / f"{site_id}.key")),
+            *("--policy", "demonstration", "--key", str(keys_path_of(hub_path) / f"{site_id}.key")),
             *("--base", str(base_path), "--images-seen", str(config.site_images_seen)),
             *("--num-images", str(config.site_num_drawn), "--learning-rate", str(config.site_learning_rate)),
             *("--lora-rank", str(config.site_lora_rank)),
@@ -237,7 +242,7 @@ def main(argv: list[str]) -> str:
         release_id = row["record_id"] = publish_release.main(
             [
                 *(hub, f"encoder_id={encoder_id}", f"report_id={report_id}", "name=demo"),
-                f"signing_key_path={hub_path / 'site_keys' / 'release.pem'}",
+                f"signing_key_path={keys_path_of(hub_path) / 'release.pem'}",
             ]
         )
         release = storage.read_record(hub_uri, release_id, Release)
