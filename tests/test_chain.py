@@ -26,12 +26,13 @@ from jobs import (
 BASE = [
     "num_photographs=24",
     "networks.resolution_px=32",
-    "networks.vae_channels=[8,8,16]",
+    "networks.latent_channels=4",
+    "networks.encoder_width=16",
+    "networks.decoder_width=8",
     "networks.unet_channels=[16,32]",
     "networks.text_width=16",
-    "autoencoding.num_images=32",
-    "denoising.num_images=32",
-    "denoising.batch_size=8",
+    "training.num_images=32",
+    "training.batch_size=8",
 ]
 ENCODER = [
     "encoder.architecture=vit_tiny_patch16_224",

@@ -1,7 +1,7 @@
 """One pretraining step on CPU: ours against a plain PyTorch loop that embeds and predicts every patch.
 
-ViT-B/16, 224 px, mask ratio 0.75, two cores. The peer is written as the first public implementations are: float32, every
-patch embedded before three quarters are dropped, every patch predicted before a quarter of the answers is dropped.
+ViT-B/16, 224 px, mask ratio 0.75, two cores. The peer is written as the first public implementations are: float32,
+every patch embedded before three quarters are dropped, every patch predicted before the visible ones' answers are.
 """
 
 from collections.abc import Iterator
