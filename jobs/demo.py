@@ -154,9 +154,7 @@ def call_endpoint(release_uri: str, hub_path: Path, photograph_path: Path) -> in
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = Arguments(
-        release_uri=release_uri, keys_uri=str(keys_path), encoder_cpus=0.5, endpoint_cpus=0.25, batch_images=8
-    )
+    arguments = Arguments(release_uri=release_uri, keys_uri=str(keys_path), encoder_cpus=0.5, endpoint_cpus=0.25)
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     ray_serve.run(app(arguments), name="demo", route_prefix="/")
     boundary = "gretfound-demo"
