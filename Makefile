@@ -15,7 +15,7 @@ setup:
 	@.ci/environment
 
 demo: setup
-	python -m jobs.demo $(if $(SITES),conf/demo/real.yaml) hub_uri=$(HUB) sites="$(SITES)" evaluation="$(EVAL)"
+	python -m jobs.demo $(if $(SITES),conf/demo/real.yaml sites="$(SITES)") $(if $(EVAL),evaluation="$(EVAL)") hub_uri=$(HUB)
 
 test: setup
 	python -m pytest -m "not slow"

@@ -62,7 +62,9 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = pipeline.build_pipeline(
         resolution_px=32,
         latent_channels=4,
-        vae_channels=[8, 16],
+        encoder_width=12,
+        decoder_width=8,
+        num_halvings=1,
         unet_channels=[16, 32],
         unet_layers=1,
         text_width=32,
