@@ -85,7 +85,7 @@ def test_chain__three_forms_become_a_release_on_s3(s3_hub: str, tmp_path: Path) 
         [hub, f"base_id={base_id}", "tuning.num_images_seen=16", "tuning.batch_size=8", "tuning.lora_rank=4"]
     )
     assert storage.read_record(hub_uri, generator_id, Generator).site_id == "birch"
-    synthesize.main([hub, "num_images=8", "num_steps=3", "images_per_shard=4", "batch_size=4"])
+    synthesize.main([hub, "num_images=8", "num_steps=3", "images_per_shard=4", "batch_size=4", "is_screened=false"])
     shard_sets = list(storage.read_records(hub_uri, ShardSet))
     assert sorted((each.site_id, each.origin) for each in shard_sets) == [
         ("aster", "synthetic"),
