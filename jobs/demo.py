@@ -42,7 +42,7 @@ class Config:
     finetune: str = setting("conf/generator/finetune_demo.yaml", "layer of jobs.finetune_generators")
     synthesize: str = setting("conf/generator/synthesize_demo.yaml", "layer of jobs.synthesize")
     pretrain: str = setting("conf/pretrain/demo.yaml", "layer of jobs.pretrain_encoder")
-    site_images_seen: int = setting(3200, "photographs that a site's own fine-tuning sees, repeats counted")
+    site_images_seen: int = setting(2400, "photographs that a site's own fine-tuning sees, repeats counted")
     site_num_drawn: int = setting(160, "photographs that a site of the form synthetic draws")
     site_learning_rate: float = setting(2e-3, "learning rate of a site's own fine-tuning")
     site_lora_rank: int = setting(16, "rank of a site's own fine-tuning")

@@ -23,8 +23,11 @@ REAL_PHOTOGRAPHS = ROOT.parent / "shared" / "cfp"
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One Ray for the whole test run: four logical CPUs, so that two workers and their data tasks fit."""
+def ray_cluster(s3_hub: str) -> Iterator[None]:
+    """One Ray for the whole test run: four logical CPUs, so that two workers and their data tasks fit.
+
+    It comes after the S3 server, since its workers inherit the environment that names that server.
+    """
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(
         address="local",

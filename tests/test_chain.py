@@ -99,7 +99,7 @@ def test_chain__three_forms_become_a_release_on_s3(s3_hub: str, tmp_path: Path) 
     encoder_id = pretrain_encoder.main([hub, f"corpus_id={corpus_id}", *ENCODER])
     assert storage.read_record(hub_uri, encoder_id, Encoder).parents == (corpus_id,)
     report_id = evaluate_encoder.main(
-        [hub, f"encoder_id={encoder_id}", f"evaluation_uris=[{tmp_path / 'dune'}]", "num_bootstraps=50", "num_folds=3"]
+        [hub, f"encoder_id={encoder_id}", f"evaluation_uris=[{tmp_path / 'dune'}]", "num_bootstraps=100", "num_folds=3"]
     )
     report = storage.read_record(hub_uri, report_id, Report)
     found = json.loads(storage.read_bytes(storage.join(storage.record_uri(hub_uri, report), "report.json")))

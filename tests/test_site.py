@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from gretfound import contribution, deidentify, metadata, phantom, site
 from gretfound.generator import pipeline
@@ -170,7 +171,11 @@ def test_main__contribute_killed_goes_on_and_ends_the_same(site_path: Path, base
     work_path = tmp_path / "work"
     command = [sys.executable, "-m", "gretfound.site", *arguments, "--work", str(work_path)]
     root = Path(__file__).parents[1]
-    with subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    # Sums of floats depend on the number of threads, which other tests of this process may have changed.
+    threads = {name: str(torch.get_num_threads()) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    with subprocess.Popen(
+        command, cwd=root, env=os.environ | threads, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
         deadline_s = time.monotonic() + 240
         while process.poll() is None and not list(work_path.glob("*/training/*/checkpoints/*")):
             assert time.monotonic() < deadline_s, "no checkpoint appeared"
