@@ -114,7 +114,7 @@ def test_chain__three_forms_become_a_release_on_s3(s3_hub: str, tmp_path: Path) 
     )
     release = storage.read_record(hub_uri, release_id, Release)
     release_path = storage.fetch_folder(hub_uri, release, tmp_path / "release")
-    verify_release(release_path, read_public_key(key_path))
+    verify_release(release_path, read_public_key(tmp_path / "release.pem.pub"))
     encoder = timm.create_model(f"local-dir:{release_path}", pretrained=True, num_classes=0).eval()
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 48)
 
@@ -127,4 +127,4 @@ def test_chain__three_forms_become_a_release_on_s3(s3_hub: str, tmp_path: Path) 
     withdraw_site.main([hub, "site_id=birch"])
     events = [entry["event"] for entry in storage.read_ledger(hub_uri)]
     assert events.count("accepted") == 3 and events.count("rejected") == 1 and events.count("released") == 1
-    ledger.main([hub])
+    ledger.main(["verify", hub])
