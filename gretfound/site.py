@@ -81,6 +81,7 @@ class Recipe:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 for success or fit, 1 for not fit, 2 for a wrong command or a failure."""
     arguments = _parser().parse_args(argv)
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every autoencoder but its largest one
     command = {"check": _check, "contribute": _contribute, "inspect": _inspect, "columns": _columns}[arguments.command]
     try:
         with warnings.catch_warnings():

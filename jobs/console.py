@@ -36,6 +36,7 @@ def run(schema: type, main: Callable[[list[str]], str]) -> NoReturn:
 
 def set_up_logging() -> None:
     """Sends the library's log to standard error, one line an event."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every autoencoder but its largest one
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
