@@ -16,6 +16,7 @@ import torch
 
 from gretfound import contribution, deidentify, metadata, phantom, site
 from gretfound.generator import pipeline
+from tests import tiny_generator
 
 SIZE_PX = 72
 NUM_IMAGES = 14
@@ -30,21 +31,7 @@ def site_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = pipeline.build_pipeline(
-        resolution_px=32,
-        latent_channels=4,
-        encoder_width=12,
-        decoder_width=8,
-        num_halvings=1,
-        unet_channels=[16, 32],
-        unet_layers=1,
-        text_width=32,
-        text_layers=1,
-        max_tokens=77,
-        vocabulary=metadata.caption_words(),
-        seed=0,
-    )
-    return pipeline.save_pipeline(built, tmp_path_factory.mktemp("bases") / "base")
+    return tiny_generator.write_base(tmp_path_factory.mktemp("bases") / "base")
 
 
 def _arguments(site_path: Path, form: str, out_path: Path, *more: str) -> list[str]:

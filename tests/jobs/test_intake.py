@@ -12,6 +12,7 @@ from gretfound.errors import ConfigError, ContributionRejected, LineageError
 from gretfound.generator import pipeline
 from gretfound.lineage import Contribution, Generator, ShardSet, Site
 from jobs import intake, ledger, withdraw_site
+from tests import tiny_generator
 
 SIZE_PX = 64
 POLICY = "policy=demonstration"
@@ -59,21 +60,7 @@ def _image_package(
 
 @pytest.fixture(scope="module")
 def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = pipeline.build_pipeline(
-        resolution_px=32,
-        latent_channels=4,
-        encoder_width=12,
-        decoder_width=8,
-        num_halvings=1,
-        unet_channels=[16, 32],
-        unet_layers=1,
-        text_width=32,
-        text_layers=1,
-        max_tokens=32,
-        vocabulary=metadata.caption_words(),
-        seed=0,
-    )
-    return pipeline.save_pipeline(built, tmp_path_factory.mktemp("bases") / "base")
+    return tiny_generator.write_base(tmp_path_factory.mktemp("bases") / "base")
 
 
 def _weights_package(path: Path, base_path: Path, *, rank: int = 2, stated_rank: int = 2) -> Path:
