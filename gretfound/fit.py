@@ -161,7 +161,7 @@ def train(
                 raise ConfigError(
                     f"the stream of photographs ended after {images_seen:,} images; {num_images:,} were asked for"
                 )
-            loss = engine(**{name: tensor.to(device) for name, tensor in batch.items()})
+            loss = engine(**{name: tensor.to(device) for name, tensor in batch.items() if name != "group"})
             engine.backward(loss)
             engine.step()
             step_loss += loss.detach().float() / accumulation

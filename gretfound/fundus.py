@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Photograph = npt.NDArray[np.uint8]
@@ -73,6 +74,43 @@ def decode_photograph(encoded: bytes) -> Photograph:
         raise UnreadablePhotograph(
             "TRUNCATED", "the photograph is truncated or damaged; required a whole one, so copy it again"
         ) from error
+
+
+def encoded_size(encoded: bytes) -> tuple[int, int]:
+    """Returns the (height, width) of a JPEG or PNG photograph from its header, in pixels.
+
+    Raises:
+        UnreadablePhotograph: If the bytes are of another format.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=["JPEG", "PNG"]) as opened:
+            return opened.height, opened.width
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadablePhotograph("NOT_A_PHOTOGRAPH", "the bytes are neither JPEG nor PNG") from error
+
+
+def decode_reduced(encoded: bytes, reduction: float) -> Photograph:
+    """Decodes a shard's photograph at the smallest size that is at least 1 / ``reduction`` of its own.
+
+    A JPEG is reduced by 2, 4 or 8 while it is decoded, from its frequencies: a quarter of the pixels cost about half
+    of the time. Shards hold photographs upright and in RGB; `decode_photograph` is for anything else.
+
+    Raises:
+        UnreadablePhotograph: If the bytes cannot be decoded whole.
+    """
+    try:
+        if encoded[:2] == b"\xff\xd8":
+            height, width, colour_space, _ = simplejpeg.decode_jpeg_header(encoded)
+            if colour_space in ("YCbCr", "Gray"):
+                factor = next(factor for factor in (8, 4, 2, 1) if factor <= max(1.0, reduction))
+                smallest = (-(-height // factor), -(-width // factor))
+                return np.asarray(
+                    simplejpeg.decode_jpeg(encoded, "RGB", min_height=smallest[0], min_width=smallest[1], min_factor=1)
+                )
+        with Image.open(io.BytesIO(encoded), formats=["JPEG", "PNG"]) as opened:
+            return np.array(opened.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadablePhotograph("TRUNCATED", "the photograph is truncated or damaged") from error
 
 
 def _decoded(opened: Image.Image) -> Photograph:

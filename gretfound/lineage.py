@@ -127,7 +127,10 @@ class ShardSet(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(Record):
-    """A manifest over shard sets: which images, how often. The manifest itself is ``files[0]``."""
+    """A manifest over shard sets: which images, how often. The manifest itself is ``files[0]``.
+
+    ``phase_images`` holds the images of each phase of the curriculum; the last one lasts as long as the run.
+    """
 
     kind: ClassVar[str] = "corpus"
     folder: ClassVar[str] = "corpora"
@@ -135,6 +138,7 @@ class Corpus(Record):
     num_excluded: int
     site_ids: tuple[str, ...]
     num_images_by_origin: dict[str, int]
+    phase_images: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, kw_only=True)

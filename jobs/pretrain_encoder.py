@@ -6,6 +6,7 @@ Ray Data streams and augments the corpus, Ray Train runs DeepSpeed ZeRO. A kille
 checkpoint when the same command is run again. Records one Encoder and prints its id.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,19 @@ def build_objective(config: Config) -> Any:
     return MaskedAutoencoder(encoder, mask_seed=config.seed, **asdict(config.mae))
 
 
+def build_views(config: Config) -> dict[str, Any]:
+    """Returns the crops that the configuration's objective takes."""
+    from gretfound.encoder.crops import View
+
+    return {"image": View(size_px=config.encoder.image_size_px, scale=(config.crop_scale_min, 1.0))}
+
+
 def pretrain_on_worker(settings: dict[str, Any]) -> None:
     """Runs on each Ray Train worker: streams, trains, and leaves the encoder in the run's folder."""
     import ray.train
     import ray.train.collective
 
-    from gretfound import corpus, fit, storage, tracking
+    from gretfound import fit, ingest, storage, tracking
     from gretfound.lineage import Corpus
 
     config: Config = settings["config"]
@@ -125,24 +133,25 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
     images_per_step = config.fit.batch_size // worker.get_world_size()
     rejected: dict[int, str] = {}
 
-    def batches(start: int) -> Any:
-        iterators = None
-        if worker.get_world_rank() == 0:
-            iterators = corpus.stream(
-                hub_uri,
-                storage.read_record(hub_uri, config.corpus_id, Corpus),
-                start=start,
-                end=config.num_images_seen,
-                num_workers=worker.get_world_size(),
-                images_per_worker_step=images_per_step,
-                size_px=config.encoder.image_size_px,
-                crop_scale=(config.crop_scale_min, 1.0),
-                seed=config.seed,
-                data_cpus=config.cluster.data_cpus,
-            )
-        iterator = ray.train.collective.broadcast_from_rank_zero(iterators)[worker.get_world_rank()]
-        images_per_batch = images_per_step // config.fit.accumulation
-        return corpus.torch_batches(iterator, images_per_batch=images_per_batch, rejected=rejected)
+    def batches(start: int) -> Iterator[Any]:
+        corpus = storage.read_record(hub_uri, config.corpus_id, Corpus)
+        for first, end in ingest.segments(start, config.num_images_seen, batch_size=config.fit.batch_size):
+            iterators = None
+            if worker.get_world_rank() == 0:
+                iterators = ingest.stream(
+                    hub_uri,
+                    corpus,
+                    start=first,
+                    end=end,
+                    num_workers=worker.get_world_size(),
+                    images_per_worker_step=images_per_step,
+                    views=build_views(config),
+                    seed=config.seed,
+                    data_cpus=config.cluster.data_cpus,
+                )
+            iterator = ray.train.collective.broadcast_from_rank_zero(iterators)[worker.get_world_rank()]
+            images_per_batch = images_per_step // config.fit.accumulation
+            yield from ingest.torch_batches(iterator, images_per_batch=images_per_batch, rejected=rejected)
 
     tracker = tracking.Tracker(
         run_uri,

@@ -1,14 +1,91 @@
-"""Random crops for pretraining: photograph bytes in, augmented pixels out, as a pure function of a seed."""
+"""Random crops for pretraining: photograph bytes in, augmented pixels out, as a pure function of a seed.
 
-import io
+A JPEG is decoded at the smallest scale that still holds every crop at its full resolution, and crop and resize are one
+operation, so no pixel is computed that no crop needs.
+"""
+
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from gretfound import fundus
 from gretfound.fundus import FieldOfView
 
+# Legend of tensor suffixes: C colour channels, H rows, W columns.
+
 CROP_ATTEMPTS = 10
+ASPECT_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One kind of crop that an objective takes.
+
+    Args:
+        size_px: Side of the square crop.
+        scale: Smallest and largest share of the field of view's square that it covers.
+        number: Crops of this kind a photograph; None gives one without an axis of its own.
+    """
+
+    size_px: int
+    scale: tuple[float, float]
+    number: int | None = None
+
+
+def draw_views(
+    encoded: bytes,
+    *,
+    field_of_view: FieldOfView | None,
+    views: Mapping[str, View],
+    rng: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """Decodes a photograph once and takes random resized crops of its field of view, each flipped half of the time.
+
+    Returns:
+        For each view uint8 pixels of shape (number, 3, size_px, size_px), or (3, size_px, size_px) without a number.
+
+    Raises:
+        fundus.UnreadablePhotograph: If the bytes cannot be decoded.
+    """
+    height, width = fundus.encoded_size(encoded)
+    left, top, right, bottom = 0.0, 0.0, float(width), float(height)
+    if field_of_view is not None:
+        left, right = _clipped(field_of_view.x_px, field_of_view.radius_px, width)
+        top, bottom = _clipped(field_of_view.y_px, field_of_view.radius_px, height)
+    drawn: list[tuple[str, tuple[float, float, float, float], bool]] = []
+    for name, view in views.items():
+        for _ in range(view.number or 1):
+            x0, y0, x1, y1 = draw_crop(right - left, bottom - top, scale=view.scale, ratio=ASPECT_RATIO, rng=rng)
+            drawn.append((name, (x0 + left, y0 + top, x1 + left, y1 + top), rng.random() < 0.5))
+    smallest = min(min(x1 - x0, y1 - y0) / views[name].size_px for name, (x0, y0, x1, y1), _ in drawn)
+    photograph = fundus.decode_reduced(encoded, smallest)
+    pixels_CHW = torch.from_numpy(photograph).permute(2, 0, 1)
+    y_scale, x_scale = photograph.shape[0] / height, photograph.shape[1] / width
+    crops: dict[str, list[Tensor]] = {name: [] for name in views}
+    for name, (x0, y0, x1, y1), is_flipped in drawn:
+        columns = _whole(x0 * x_scale, x1 * x_scale, photograph.shape[1])
+        rows = _whole(y0 * y_scale, y1 * y_scale, photograph.shape[0])
+        crop = F.interpolate(
+            pixels_CHW[None, :, rows, columns], size=(views[name].size_px,) * 2, mode="bicubic", antialias=True
+        )[0]
+        crops[name].append(crop.flip(-1) if is_flipped else crop)
+    return {
+        name: (torch.stack(crops[name]) if view.number else crops[name][0].contiguous()).numpy()
+        for name, view in views.items()
+    }
+
+
+def blank_views(views: Mapping[str, View]) -> dict[str, np.ndarray]:
+    """Returns black crops in the shapes of `draw_views`."""
+    return {
+        name: np.zeros((*([view.number] if view.number else []), 3, view.size_px, view.size_px), dtype=np.uint8)
+        for name, view in views.items()
+    }
 
 
 def draw_crop(
@@ -42,35 +119,10 @@ def draw_crop(
     return left, top, left + side, top + side
 
 
-def random_crop(
-    encoded: bytes,
-    *,
-    field_of_view: FieldOfView | None,
-    size_px: int,
-    scale: tuple[float, float],
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Decodes a photograph and takes one random resized crop of its field of view, flipped half of the time.
-
-    Crop and resize are one operation, so a photograph is never resampled twice.
-
-    Returns:
-        uint8 pixels of shape (3, size_px, size_px).
-
-    Raises:
-        OSError: If the bytes cannot be decoded.
-    """
-    with Image.open(io.BytesIO(encoded), formats=["JPEG", "PNG"]) as opened:
-        photograph = opened.convert("RGB")
-    left, top, right, bottom = 0.0, 0.0, float(photograph.width), float(photograph.height)
-    if field_of_view is not None:
-        left, right = _clipped(field_of_view.x_px, field_of_view.radius_px, photograph.width)
-        top, bottom = _clipped(field_of_view.y_px, field_of_view.radius_px, photograph.height)
-    box = draw_crop(right - left, bottom - top, scale=scale, ratio=(3 / 4, 4 / 3), rng=rng)
-    box = (box[0] + left, box[1] + top, box[2] + left, box[3] + top)
-    crop = photograph.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    pixels = np.asarray(crop).transpose(2, 0, 1)
-    return np.ascontiguousarray(pixels[:, :, ::-1] if rng.random() < 0.5 else pixels)
+def _whole(start: float, end: float, side_px: int) -> slice:
+    """Rounds to whole pixels, as torchvision's own crops are: a twentieth of a percent of a photograph."""
+    first = min(round(start), side_px - 1)
+    return slice(first, max(first + 1, min(round(end), side_px)))
 
 
 def _clipped(centre_px: float, radius_px: float, side_px: int) -> tuple[float, float]:
