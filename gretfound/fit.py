@@ -1,19 +1,22 @@
 """The one training loop, and the one way to run it on a Ray cluster.
 
-An objective is an `nn.Module` whose ``forward(**batch)`` returns a scalar loss. `train` runs it in this process (a site
-without Ray) or in each worker of a Ray Train run that `run` starts; DeepSpeed ZeRO shards it where a stage is given.
-Progress and schedules are counted in images.
+An objective is an `nn.Module` whose ``forward(**batch)`` returns a scalar loss. It may have
+
+- ``after_step(images_seen)``, called on every worker after each step, for a teacher that follows its student;
+- ``learning_rate_scale(name)``, the factor of a parameter's learning rate, for layer-wise rules;
+- ``image_losses``, a (B,) tensor that forward leaves behind, from which the loss of each group of images is told.
+
+`train` runs it in this process (a site without Ray) or in each worker of a Ray Train run that `run` starts; DeepSpeed
+ZeRO shards it where a stage is given. Progress and schedules are counted in images.
 """
 
-import json
+import contextlib
 import logging
 import math
 import random
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,25 +26,40 @@ import ray.train
 import ray.train.torch
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gretfound import storage
-from gretfound.errors import ConfigError, NonFiniteLoss, StorageError
+from gretfound.errors import ConfigError, NonFiniteLoss
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
-_WORKERS_NAME = "num_workers.json"
+NOT_FOR_OBJECTIVE = ("group", "label")
+MAX_GROUPS = 1024  # sites times origins whose losses are told apart; any further ones share the last place
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One point of a run, handed to ``on_progress`` on the first worker only."""
+    """One point of a run, handed to ``on_progress`` on the first worker only.
+
+    ``flops_per_s`` counts the multiplications and additions of the forward pass three times, as is usual for a step, on
+    all workers together. ``loss_by_group`` has the mean loss since the last point of each ``group`` of the first
+    worker's batches; ``data_wait_share`` and ``images_per_s`` count from this process's first step.
+    """
 
     images_seen: int
     num_images: int
     loss: float
     learning_rate: float
+    gradient_norm: float
     images_per_s: float
     data_wait_share: float
+    flops_per_s: float
+    loss_by_group: dict[int, float]
+
+    def figures(self, group_names: Sequence[str] = ()) -> dict[str, float]:
+        """Returns everything as one flat row for a tracker, the losses of groups as ``loss/NAME``."""
+        flat = {name: value for name, value in asdict(self).items() if name != "loss_by_group"}
+        return flat | {f"loss/{group_names[code]}": loss for code, loss in self.loss_by_group.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +95,7 @@ def train(
     warmup_images: int = 0,
     final_lr: float = 0.0,
     weight_decay: float = 0.05,
+    final_weight_decay: float | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
     clip_norm: float = 0.0,
     accumulation: int = 1,
@@ -86,6 +105,7 @@ def train(
     seed: int = 0,
     checkpoints: Checkpoints | None = None,
     checkpoint_every_images: int = 0,
+    on_batch: Callable[[Batch], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     progress_every_s: float = 2.0,
 ) -> TrainingSummary:
@@ -94,22 +114,26 @@ def train(
     Args:
         objective: ``forward(**batch)`` returns a scalar loss, the mean over the batch's images.
         batches: Called once with the number of images already seen; yields this worker's part of each step, as
-            ``accumulation`` micro-batches a step. It must be a pure function of that number.
+            ``accumulation`` micro-batches a step. It must be a pure function of that number. Of a batch, the
+            objective gets everything but `NOT_FOR_OBJECTIVE`.
         num_images: Images to see in all, over all workers.
         batch_size: Images a step, over all workers and micro-batches.
         peak_lr: Learning rate after the warm-up.
         warmup_images: Images over which the rate rises linearly from 0.
         final_lr: Rate at the end of the cosine.
         weight_decay: AdamW's, on matrices only: biases, norms and embeddings of one dimension are not decayed.
+        final_weight_decay: Where the decay goes to on a cosine, as DINOv2 raises it; None keeps it.
         betas: AdamW's.
         clip_norm: Largest norm of the whole gradient; 0 does not clip.
         accumulation: Micro-batches a step.
-        precision: Of the forward pass; ``bfloat16`` is autocast without ZeRO and DeepSpeed's bf16 with it.
+        precision: ``float32``, or ``bfloat16`` for autocast in the forward pass; weights and their averages are always
+            float32.
         zero_stage: DeepSpeed ZeRO stage 0 to 3, or None for plain PyTorch in one process.
         device: ``cpu`` or ``cuda``; never chosen silently.
         seed: Seeds Python, NumPy and PyTorch before the first step.
         checkpoints: Where state is kept; None keeps none.
         checkpoint_every_images: Distance between checkpoints; 0 saves at the end only.
+        on_batch: Called on every worker with each micro-batch, whole, after its forward pass.
         on_progress: Called on the first worker about every ``progress_every_s`` seconds and at the end.
         progress_every_s: Seconds between calls of ``on_progress``.
 
@@ -121,7 +145,7 @@ def train(
         ConfigError: If the stream of batches ends early.
     """
     _seed_everything(seed)
-    engine = _make_engine(
+    engine, rate_scales = _make_engine(
         objective,
         micro_batch_size=batch_size // (_world_size() * accumulation),
         accumulation=accumulation,
@@ -141,8 +165,11 @@ def train(
         log.info("continuing at %s of %s images", f"{images_seen:,}", f"{num_images:,}")
     stream = batches(images_seen) if images_seen < num_images else iter(())
     num_tail = max(1, num_steps // 20)
-    waited_s, began_s, began_images, told_s = 0.0, time.monotonic(), images_seen, time.monotonic()
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    after_step: Callable[[int], None] | None = getattr(objective, "after_step", None)
+    meter = _Meter(device)
     for step in range(images_seen // batch_size, num_steps):
+        share = step * batch_size / num_images
         learning_rate = learning_rate_at(
             step * batch_size,
             num_images=num_images,
@@ -150,41 +177,45 @@ def train(
             warmup_images=warmup_images,
             final_lr=final_lr,
         )
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        step_loss = torch.zeros((), device=device)
+        for group, scale, decay in zip(engine.optimizer.param_groups, rate_scales, decays, strict=True):
+            group["lr"] = learning_rate * scale
+            if final_weight_decay is not None and decay:
+                group["weight_decay"] = _cosine(weight_decay, final_weight_decay, share)
         for _ in range(accumulation):
-            waiting_since_s = time.monotonic()
-            batch = next(stream, None)
-            waited_s += time.monotonic() - waiting_since_s
+            with meter.waiting():
+                batch = next(stream, None)
             if batch is None:
                 raise ConfigError(
                     f"the stream of photographs ended after {images_seen:,} images; {num_images:,} were asked for"
                 )
-            loss = engine(**{name: tensor.to(device) for name, tensor in batch.items() if name != "group"})
+            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in NOT_FOR_OBJECTIVE}
+            with meter.counting_flops(images=len(next(iter(inputs.values())))):
+                loss = engine(**inputs)
             engine.backward(loss)
             engine.step()
-            step_loss += loss.detach().float() / accumulation
-        mean_loss = _mean_over_workers(step_loss)
+            meter.add(loss.detach(), batch.get("group"), getattr(objective, "image_losses", None))
+            if on_batch:
+                on_batch(batch)
+        mean_loss = meter.end_step(images=batch_size)
         if not math.isfinite(mean_loss):
             raise NonFiniteLoss(
                 f"the loss is {mean_loss} after {images_seen:,} images at learning rate {learning_rate:.3g}; "
                 f"last good checkpoint: {last_checkpoint}. Lower peak_lr, lengthen the warm-up or set clip_norm"
             )
         images_seen += batch_size
+        if after_step:
+            after_step(images_seen)
         losses = [*losses[-num_tail:], mean_loss]
         is_last = step + 1 == num_steps
-        now_s = time.monotonic()
-        if on_progress and _rank() == 0 and (is_last or now_s - told_s > progress_every_s):
-            told_s = now_s
+        if on_progress and _rank() == 0 and (is_last or meter.since_told_s() > progress_every_s):
             on_progress(
                 Progress(
                     images_seen=images_seen,
                     num_images=num_images,
                     loss=float(np.mean(losses[-max(1, num_steps // 50) :])),
                     learning_rate=learning_rate,
-                    images_per_s=(images_seen - began_images) / max(now_s - began_s, 1e-9),
-                    data_wait_share=waited_s / max(now_s - began_s, 1e-9),
+                    gradient_norm=float(engine.get_global_grad_norm() or 0.0),
+                    **meter.tell(),
                 )
             )
         is_due = checkpoint_every_images and images_seen // checkpoint_every_images > (
@@ -193,8 +224,69 @@ def train(
         if checkpoints and (is_last or is_due):
             last_checkpoint = checkpoints.save(engine, images_seen=images_seen, losses=losses)
     return TrainingSummary(
-        images_seen=images_seen, final_loss=float(np.mean(losses[-num_tail:])), weights=_whole_weights(engine)
+        images_seen=images_seen,
+        final_loss=float(np.mean(losses[-num_tail:])),
+        weights=_whole_weights(engine, objective),
     )
+
+
+class _Meter:
+    """Counts what `Progress` tells: time, waiting, losses over all workers, floating-point operations."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._began_s = self._told_s = time.monotonic()
+        self._waited_s, self._images, self._flops_per_image = 0.0, 0, 0.0
+        self._step = torch.zeros(2, device=device)  # the sum and the number of this step's micro-batches' losses
+        self._groups = torch.zeros(2, MAX_GROUPS, device=device)  # sums and counts since the last point
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        since_s = time.monotonic()
+        yield
+        self._waited_s += time.monotonic() - since_s
+
+    @contextlib.contextmanager
+    def counting_flops(self, *, images: int) -> Iterator[None]:
+        if self._flops_per_image:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self._flops_per_image = 3.0 * max(counter.get_total_flops(), 1) / images
+
+    def add(self, loss: Tensor, group: Tensor | None, image_losses: Tensor | None) -> None:
+        self._step += torch.stack([loss.float(), torch.ones((), device=self._device)])
+        if group is not None and image_losses is not None:
+            code = group.to(self._device).clamp(max=MAX_GROUPS - 1)
+            self._groups[0].index_add_(0, code, image_losses.detach().float())
+            self._groups[1].index_add_(0, code, torch.ones_like(image_losses, dtype=torch.float32))
+
+    def end_step(self, *, images: int) -> float:
+        """Returns the step's mean loss over all workers."""
+        self._images += images
+        if _is_distributed():
+            torch.distributed.all_reduce(self._step)
+        mean = float(self._step[0] / self._step[1])
+        self._step.zero_()
+        return mean
+
+    def since_told_s(self) -> float:
+        return time.monotonic() - self._told_s
+
+    def tell(self) -> dict[str, Any]:
+        now_s = self._told_s = time.monotonic()
+        sums, counts = self._groups.cpu()
+        self._groups.zero_()
+        rate = self._images / max(now_s - self._began_s, 1e-9)
+        return {
+            "images_per_s": rate,
+            "data_wait_share": self._waited_s / max(now_s - self._began_s, 1e-9),
+            "flops_per_s": rate * self._flops_per_image,
+            "loss_by_group": {
+                code: float(sums[code] / counts[code]) for code in torch.nonzero(counts).flatten().tolist()
+            },
+        }
 
 
 def learning_rate_at(
@@ -206,8 +298,11 @@ def learning_rate_at(
     """
     if images_seen < warmup_images:
         return peak_lr * images_seen / warmup_images
-    progress = (images_seen - warmup_images) / max(1, num_images - warmup_images)
-    return final_lr + (peak_lr - final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return _cosine(peak_lr, final_lr, (images_seen - warmup_images) / max(1, num_images - warmup_images))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 def peak_lr_for(batch_size: int, *, base_lr: float) -> float:
@@ -216,26 +311,18 @@ def peak_lr_for(batch_size: int, *, base_lr: float) -> float:
 
 
 class PlainEngine:
-    """PyTorch in one process, behind the five methods of DeepSpeed's engine that `train` uses."""
+    """PyTorch in one process, behind the methods of DeepSpeed's engine that `train` uses."""
 
     def __init__(
-        self,
-        objective: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        clip_norm: float,
-        accumulation: int,
-        precision: str,
-        device: str,
+        self, objective: nn.Module, optimizer: torch.optim.Optimizer, *, clip_norm: float, accumulation: int
     ) -> None:
         self.module = objective
         self.optimizer = optimizer
         self._clip_norm, self._accumulation, self._num_micro_steps = clip_norm, accumulation, 0
-        self._autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+        self._gradient_norm = torch.zeros(())
 
     def __call__(self, **batch: Tensor) -> Tensor:
-        with self._autocast:
-            loss: Tensor = self.module(**batch)
+        loss: Tensor = self.module(**batch)
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -247,10 +334,13 @@ class PlainEngine:
         self._num_micro_steps += 1
         if self._num_micro_steps % self._accumulation:
             return
-        if self._clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm)
+        self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def get_global_grad_norm(self) -> float:
+        """Returns the norm of the last step's gradient, before clipping."""
+        return float(self._gradient_norm)
 
     def save_checkpoint(self, folder: str, tag: str, client_state: Mapping[str, Any]) -> None:
         """Writes the trainable parameters, the buffers, the optimizer and ``client_state`` below ``folder``."""
@@ -269,72 +359,6 @@ class PlainEngine:
         return str(path), state["client_state"]
 
 
-class LocalCheckpoints:
-    """Keeps the newest state in a local folder: at a site, or wherever Ray is not."""
-
-    def __init__(self, folder_path: Path) -> None:
-        self._folder_path = folder_path
-
-    def restore(self, engine: Any) -> dict[str, Any] | None:
-        """Loads the newest complete state, if there is one."""
-        complete = sorted(self._folder_path.glob("images_*"))
-        if not complete:
-            return None
-        _, client_state = engine.load_checkpoint(str(complete[-1]))
-        return dict(client_state)
-
-    def save(self, engine: Any, *, images_seen: int, losses: list[float]) -> str:
-        """Writes the state beside the older one, renames it when complete, then removes the older one."""
-        self._folder_path.mkdir(parents=True, exist_ok=True)
-        target = self._folder_path / _checkpoint_name(images_seen)
-        partial = Path(tempfile.mkdtemp(dir=self._folder_path, prefix=".partial-"))
-        engine.save_checkpoint(str(partial), tag="state", client_state={"images_seen": images_seen, "losses": losses})
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for older in sorted(self._folder_path.glob("images_*"))[:-1]:
-            shutil.rmtree(older)
-        return target.name
-
-
-class RayCheckpoints:
-    """Keeps state through Ray Train: each worker uploads its part, and a save returns only once it is committed."""
-
-    def restore(self, engine: Any) -> dict[str, Any] | None:
-        """Loads the newest committed checkpoint of this run, if there is one."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            num_workers = json.loads((Path(folder) / _WORKERS_NAME).read_text())
-            if num_workers != _world_size():
-                raise ConfigError(
-                    f"this run was begun with {num_workers} worker(s) and ZeRO's checkpoints are bound to that; found "
-                    f"{_world_size()}. Continue with cluster.num_workers={num_workers}"
-                )
-            path, client_state = engine.load_checkpoint(folder)
-        if path is None:
-            raise StorageError(f"the checkpoint {checkpoint.path} holds no state; remove it and run the job again")
-        return dict(client_state)
-
-    def save(self, engine: Any, *, images_seen: int, losses: list[float]) -> str:
-        """Reports the state and waits until the controller has committed it.
-
-        Without the wait a worker that dies within the controller's polling interval loses the checkpoint although its
-        files are in storage (Ray 2.60; ray-project/ray#54555).
-        """
-        name = _checkpoint_name(images_seen)
-        with storage.scratch_folder() as folder:
-            engine.save_checkpoint(folder, tag="state", client_state={"images_seen": images_seen, "losses": losses})
-            (Path(folder) / _WORKERS_NAME).write_text(json.dumps(_world_size()))
-            ray.train.report(
-                {"images_seen": images_seen, "loss": losses[-1]},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=name,
-            )
-        ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
-        return name
-
-
 def run(
     worker: Callable[[dict[str, Any]], Any],
     worker_settings: dict[str, Any],
@@ -342,6 +366,7 @@ def run(
     run_uri: str,
     name: str,
     num_workers: int = 1,
+    min_workers: int = 0,
     cpus_per_worker: float = 1.0,
     gpus_per_worker: float = 0.0,
     data_cpus: float = 0.0,
@@ -352,11 +377,12 @@ def run(
     """Runs ``worker(worker_settings)`` on a Ray Train worker group, continuing an earlier run of the same name.
 
     Args:
-        worker: A module-level function; it calls `train` with `RayCheckpoints`.
+        worker: A module-level function; it calls `train` with `checkpoints.RayCheckpoints`.
         worker_settings: Plain values for it.
-        run_uri: The run's folder in the hub; checkpoints go to ``train/NAME`` below it.
+        run_uri: The run's folder in the hub; checkpoints go to `train_uri` in it.
         name: Stable for the same work: a run of an earlier process with this name is continued.
         num_workers: Worker processes.
+        min_workers: The run goes on with as few as these when nodes are lost, and grows again; 0 keeps the number.
         cpus_per_worker: CPUs that each one reserves.
         gpus_per_worker: GPUs that each one reserves.
         data_cpus: CPUs that must stay free for Ray Data; Train would otherwise starve its own input.
@@ -369,7 +395,7 @@ def run(
         ray.train.TrainingFailedError: If the worker failed more often than ``max_failures``.
     """
     check_resources(
-        num_workers=num_workers,
+        num_workers=min_workers or num_workers,
         cpus_per_worker=cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         data_cpus=data_cpus,
@@ -381,7 +407,9 @@ def run(
         worker,
         train_loop_config=worker_settings,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(min_workers, num_workers) if min_workers else num_workers,
+            use_gpu=gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -395,6 +423,11 @@ def run(
         ),
     )
     return trainer.fit()
+
+
+def train_uri(run_uri: str, name: str) -> str:
+    """Returns the folder in which the Ray Train run ``name`` keeps its checkpoints."""
+    return storage.join(run_uri, "train", name)
 
 
 def check_resources(
@@ -425,6 +458,23 @@ def check_resources(
             )
 
 
+class _Autocast(nn.Module):
+    """An objective whose forward pass runs in bfloat16 where that is safe, with weights in float32.
+
+    DeepSpeed's own bfloat16 mode keeps the weights themselves in bfloat16, in which a teacher's moving average stands
+    still; plain PyTorch and every ZeRO stage use this instead, and so compute the same.
+    """
+
+    def __init__(self, objective: nn.Module, device: str) -> None:
+        super().__init__()
+        self.objective, self._device = objective, device
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        with torch.autocast(self._device, dtype=torch.bfloat16):
+            loss: Tensor = self.objective(**batch)
+        return loss.float()
+
+
 def _make_engine(
     objective: nn.Module,
     *,
@@ -437,16 +487,16 @@ def _make_engine(
     precision: str,
     zero_stage: int | None,
     device: str,
-) -> Any:
+) -> tuple[Any, list[float]]:
+    """Returns an engine around the objective, and the learning-rate scale of each of its parameter groups."""
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"found precision={precision!r}; required float32 or bfloat16")
     objective.to(device)
-    groups = _parameter_groups(objective, weight_decay)
+    groups, rate_scales = _parameter_groups(objective, weight_decay)
+    module = _Autocast(objective, device) if precision == "bfloat16" else objective
     if zero_stage is None:
-        optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, fused=device == "cuda")
-        return PlainEngine(
-            objective, optimizer, clip_norm=clip_norm, accumulation=accumulation, precision=precision, device=device
-        )
+        optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, fused=True)
+        return PlainEngine(module, optimizer, clip_norm=clip_norm, accumulation=accumulation), rate_scales
     import deepspeed  # seconds to import, and of no use at a site
 
     settings = {
@@ -463,20 +513,19 @@ def _make_engine(
                 "weight_decay": weight_decay,
             },
         },
-        "bf16": {"enabled": precision == "bfloat16"},
         "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }
-    engine, *_ = deepspeed.initialize(model=objective, model_parameters=groups, config=settings)
-    return engine
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=settings)
+    return engine, rate_scales
 
 
-def _whole_weights(engine: Any) -> dict[str, Tensor]:
+def _whole_weights(engine: Any, objective: nn.Module) -> dict[str, Tensor]:
     """Gathers every parameter in float32, sharded or not; every worker takes part, the first one keeps it."""
     weights = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in objective.named_parameters():
         whole = None
         if not isinstance(engine, PlainEngine):
             from deepspeed.utils import safe_get_full_fp32_param
@@ -494,17 +543,18 @@ def _whole_weights(engine: Any) -> dict[str, Tensor]:
     return weights
 
 
-def _parameter_groups(objective: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _checkpoint_name(images_seen: int) -> str:
-    return f"images_{images_seen:015d}"
+def _parameter_groups(objective: nn.Module, weight_decay: float) -> tuple[list[dict[str, Any]], list[float]]:
+    """Groups the trainable parameters by their learning-rate scale and by whether they decay."""
+    scale_of = getattr(objective, "learning_rate_scale", lambda _: 1.0)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            key = (float(scale_of(name)), weight_decay if parameter.ndim > 1 else 0.0)
+            groups.setdefault(key, []).append(parameter)
+    return (
+        [{"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()],
+        [scale for scale, _ in groups],
+    )
 
 
 def _seed_everything(seed: int) -> None:
@@ -523,9 +573,3 @@ def _world_size() -> int:
 
 def _rank() -> int:
     return torch.distributed.get_rank() if _is_distributed() else 0
-
-
-def _mean_over_workers(loss: Tensor) -> float:
-    if _is_distributed():
-        torch.distributed.all_reduce(loss)
-    return float(loss) / _world_size()

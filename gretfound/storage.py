@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ from gretfound.lineage import File, RecordT
 log = logging.getLogger(__name__)
 SCHEMES = ("file", "s3", "gs", "abfs")
 CHUNK_BYTES = 8 * 2**20
+UPLOAD_ATTEMPTS, UPLOAD_PAUSE_S = 5, 1.0  # the pause doubles: half a minute in all
 
 
 def filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
@@ -192,7 +194,11 @@ def describe_folder(folder_path: Path) -> list[tuple[Path, str, int]]:
 
 
 def upload_file(path: Path, uri: str) -> None:
-    """Copies one local file to ``uri``; nothing half-written can be seen under that name."""
+    """Copies one local file to ``uri``; nothing half-written can be seen under that name.
+
+    Raises:
+        StorageError: If a bucket refuses it again and again.
+    """
     opened, target = filesystem(uri)
     if isinstance(opened, arrow_fs.LocalFileSystem):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +206,16 @@ def upload_file(path: Path, uri: str) -> None:
         arrow_fs.copy_files(str(path), partial, source_filesystem=opened, destination_filesystem=opened)
         Path(partial).replace(target)
         return
-    arrow_fs.copy_files(str(path), target, source_filesystem=arrow_fs.LocalFileSystem(), destination_filesystem=opened)
+    local = arrow_fs.LocalFileSystem()
+    for attempt in range(1, UPLOAD_ATTEMPTS + 1):
+        try:
+            arrow_fs.copy_files(str(path), target, source_filesystem=local, destination_filesystem=opened)
+            break
+        except OSError as error:  # S3, Google Cloud Storage and Azure alike: pyarrow tells their faults apart in words
+            if attempt == UPLOAD_ATTEMPTS:
+                raise StorageError(f"{uri} could not be written in {attempt} attempts: {error}") from error
+            log.warning("%s was not written (attempt %d of %d): %s", uri, attempt, UPLOAD_ATTEMPTS, error)
+            time.sleep(UPLOAD_PAUSE_S * 2 ** (attempt - 1))
 
 
 def download_file(uri: str, path: Path, *, sha256: str | None = None) -> None:

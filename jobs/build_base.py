@@ -126,7 +126,7 @@ def build(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -
             untrained,
             squares,
             seed=config.seed,
-            on_progress=lambda progress: tracker.write(asdict(progress)),
+            on_progress=lambda progress: tracker.write(progress.figures()),
             **asdict(config.training),
         )
     path = pipeline.save_pipeline(untrained, scratch_path / "pipeline")

@@ -113,6 +113,7 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
     import ray.train
 
     from gretfound import fit, storage, tracking
+    from gretfound.checkpoints import RayCheckpoints
     from gretfound.generator import finetune, pipeline
     from gretfound.lineage import Generator, ShardSet
 
@@ -139,8 +140,8 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
             shard_path=scratch_path / "shards",
             work_path=scratch_path / "work",
             device="cuda" if work.config.cluster.gpus_per_worker else "cpu",
-            checkpoints=fit.RayCheckpoints(),
-            on_progress=lambda progress: tracker.write(asdict(progress)),
+            checkpoints=RayCheckpoints(fit.train_uri(work.run_uri, work.recipe_id)),
+            on_progress=lambda progress: tracker.write(progress.figures()),
             **asdict(work.config.tuning),
         )
         if is_first:

@@ -125,6 +125,7 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
     import ray.train.collective
 
     from gretfound import fit, ingest, storage, tracking
+    from gretfound.checkpoints import RayCheckpoints
     from gretfound.lineage import Corpus
 
     config: Config = settings["config"]
@@ -176,9 +177,9 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
             zero_stage=config.fit.zero_stage,
             device="cuda" if config.cluster.gpus_per_worker else "cpu",
             seed=config.seed,
-            checkpoints=fit.RayCheckpoints(),
+            checkpoints=RayCheckpoints(fit.train_uri(run_uri, settings["run_id"])),
             checkpoint_every_images=config.fit.checkpoint_every_images,
-            on_progress=lambda progress: tracker.write(asdict(progress)),
+            on_progress=lambda progress: tracker.write(progress.figures()),
         )
     if rejected:
         name = f"{worker.get_world_rank():05d}-{min(rejected):015d}.json"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gretfound import fit, storage
+from gretfound.checkpoints import LocalCheckpoints
 from gretfound.encoder.architecture import build_encoder
 from gretfound.encoder.mae import MaskedAutoencoder
 from gretfound.errors import ConfigError, NonFiniteLoss
@@ -117,12 +118,12 @@ def test_train__resumed_equals_undisturbed(tmp_path: Path) -> None:
             fit.train(
                 autoencoder(),
                 batches_of(0, 1, 8),
-                checkpoints=fit.LocalCheckpoints(tmp_path),
+                checkpoints=LocalCheckpoints(tmp_path),
                 checkpoint_every_images=16,
                 on_progress=interrupt_at(stop_at),
                 **SETTINGS,
             )
-    resumed = fit.train(autoencoder(), batches_of(0, 1, 8), checkpoints=fit.LocalCheckpoints(tmp_path), **SETTINGS)
+    resumed = fit.train(autoencoder(), batches_of(0, 1, 8), checkpoints=LocalCheckpoints(tmp_path), **SETTINGS)
     assert resumed.final_loss == undisturbed.final_loss
     assert resumed.weights.keys() == undisturbed.weights.keys()
     for name, weight in resumed.weights.items():
@@ -146,7 +147,7 @@ def test_train__non_finite_loss_names_the_last_good_checkpoint(tmp_path: Path) -
         fit.train(
             Diverging(),
             batches_of(0, 1, 8),
-            checkpoints=fit.LocalCheckpoints(tmp_path),
+            checkpoints=LocalCheckpoints(tmp_path),
             checkpoint_every_images=16,
             **SETTINGS,
         )

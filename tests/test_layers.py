@@ -26,7 +26,7 @@ ROWS = [
         "gretfound.tracking",
     },
     {"gretfound.corpus", "gretfound.evaluation", "gretfound.generator"},
-    {"gretfound.shard", "gretfound.fit", "gretfound.encoder"},
+    {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder"},
     {"gretfound.storage"},
     {"gretfound.deidentify", "gretfound.phantom"},
     {"gretfound.lineage", "gretfound.metadata", "gretfound.fundus"},

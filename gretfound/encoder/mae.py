@@ -2,8 +2,8 @@
 
 Source: He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022; RETFound (Zhou et al., Nature 2023).
 
-Shapes: B images, C channels, H and W pixels, L patches, K kept patches, M masked patches (L = K + M), P pixel values a
-patch, D encoder width, E decoder width.
+Shapes: B images, C channels, H and W pixels, L patches, K kept patches, M masked patches, P pixel values a
+patch, D encoder width, E decoder width. M counts only what is predicted.
 """
 
 from typing import Any
@@ -23,9 +23,14 @@ AUTOENCODER_NAME = "mae.safetensors"
 class MaskedAutoencoder(nn.Module):
     """Predicts masked patches from visible ones; only visible patches are ever embedded.
 
+    After a forward pass ``image_losses`` (B,) holds each image's loss and ``features`` (B, D) the mean of its visible
+    tokens, from which a run's health is told.
+
     Args:
         encoder: A timm vision transformer with a class token; its position embeddings become fixed.
         mask_ratio: Share of patches hidden from the encoder.
+        predicted_share: Share of the hidden patches that the decoder sees and predicts, drawn anew for each image; the
+            loss stays an unbiased estimate of the whole one, for less work.
         decoder_width: Width of the decoder.
         decoder_depth: Blocks of the decoder.
         decoder_num_heads: Attention heads of the decoder.
@@ -42,6 +47,7 @@ class MaskedAutoencoder(nn.Module):
         encoder: Any,
         *,
         mask_ratio: float = 0.75,
+        predicted_share: float = 1.0,
         decoder_width: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
@@ -51,6 +57,9 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.encoder: Any = encoder
         self.mask_ratio, self.normalise_patches, self.mask_seed = mask_ratio, normalise_patches, mask_seed
+        self.predicted_share = predicted_share
+        self.image_losses: Tensor | None = None
+        self.features: Tensor | None = None
         self.patch_size = int(encoder.patch_embed.patch_size[0])
         self.num_patches = int(encoder.patch_embed.num_patches)
         grid_size = int(encoder.patch_embed.grid_size[0])
@@ -87,7 +96,9 @@ class MaskedAutoencoder(nn.Module):
             mean = target_BMP.mean(-1, keepdim=True)
             variance = target_BMP.var(-1, keepdim=True)
             target_BMP = (target_BMP - mean) / (variance + 1e-6).sqrt()
-        return F.mse_loss(predicted_BMP.float(), target_BMP.float())
+        losses_B = (predicted_BMP.float() - target_BMP.float()).pow(2).mean(dim=(1, 2))
+        self.image_losses = losses_B.detach()
+        return losses_B.mean()
 
     def normalised(self, image: Tensor) -> Tensor:
         """Brings uint8 images to the encoder's input; float images are taken as they are."""
@@ -104,7 +115,7 @@ class MaskedAutoencoder(nn.Module):
         """Draws which patches stay visible, as a function of the mask seed and each image's position alone.
 
         Returns:
-            Indices (B, K) of kept and (B, M) of masked patches.
+            Indices (B, K) of kept and (B, M) of masked patches, of these only the share that is predicted.
         """
         noise = np.stack(
             [
@@ -114,7 +125,8 @@ class MaskedAutoencoder(nn.Module):
         )
         order = torch.from_numpy(noise.argsort(axis=1)).to(position.device)
         num_kept = int(self.num_patches * (1 - self.mask_ratio))
-        return order[:, :num_kept], order[:, num_kept:]
+        num_predicted = max(1, round((self.num_patches - num_kept) * self.predicted_share))
+        return order[:, :num_kept], order[:, num_kept : num_kept + num_predicted]
 
     def encode(self, patch_BLP: Tensor, kept_BK: Tensor) -> Tensor:
         """Embeds and encodes the kept patches; returns the class token and their tokens, (B, 1 + K, D)."""
@@ -128,6 +140,7 @@ class MaskedAutoencoder(nn.Module):
         for block in encoder.blocks:
             token_BKD = block(token_BKD)
         encoded: Tensor = encoder.norm(token_BKD)
+        self.features = encoded[:, 1:].mean(dim=1).detach()
         return encoded
 
     def predict(self, patch_BLP: Tensor, kept_BK: Tensor, masked_BM: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from gretfound import fit, fundus, lineage, metadata, storage
+from gretfound.checkpoints import LocalCheckpoints
 from gretfound.errors import ConfigError
 from gretfound.generator import autoencoding, denoising, pipeline
 
@@ -145,7 +146,7 @@ def finetune_locally(
         precision=precision,
         zero_stage=zero_stage,
         device=device,
-        checkpoints=checkpoints or fit.LocalCheckpoints(run_path / "checkpoints"),
+        checkpoints=checkpoints or LocalCheckpoints(run_path / "checkpoints"),
         checkpoint_every_images=checkpoint_every_images,
         on_progress=on_progress,
     )

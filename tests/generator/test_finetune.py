@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gretfound import fit, fundus, shard
+from gretfound import fundus, shard
+from gretfound.checkpoints import LocalCheckpoints
 from gretfound.errors import ConfigError
 from gretfound.generator import finetune, pipeline
 from tests.tiny_generator import rows_of, write_base
@@ -27,7 +28,7 @@ class _Killed(Exception):
     pass
 
 
-class _Dying(fit.LocalCheckpoints):
+class _Dying(LocalCheckpoints):
     """Keeps state as at a site, until the process is killed after the second checkpoint."""
 
     def save(self, engine: Any, *, images_seen: int, losses: list[float]) -> str:
@@ -46,7 +47,7 @@ def test_finetune_locally__goes_on_where_it_was_killed(site: tuple[Path, Path], 
         finetune.finetune_locally(checkpoints=_Dying(tmp_path / "c"), **again)
     seen: list[int] = []
     adapter_path = finetune.finetune_locally(
-        checkpoints=fit.LocalCheckpoints(tmp_path / "c"),
+        checkpoints=LocalCheckpoints(tmp_path / "c"),
         on_progress=lambda progress: seen.append(progress.images_seen),
         **again,
     )
