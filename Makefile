@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | setup; each sets up what it needs.
+# make demo | test | bench | bench-NAME | lint | setup; each sets up what it needs.
 SHELL := /bin/bash
 HUB ?= runs/demo
 SITES ?=
@@ -25,6 +25,9 @@ test-slow: setup
 
 bench: setup
 	python -m tests.bench
+
+bench-%: setup
+	python -m tests.bench $*
 
 lint: setup
 	ruff format --check .

@@ -1,10 +1,11 @@
-"""Runs every benchmark, or those named: `python -m tests.bench [ingest] [pretraining]`."""
+"""Runs every benchmark, or those named: `python -m tests.bench [ingest] [pretrain]`."""
 
 import sys
 
-from tests.bench import ingest, pretraining
+from tests.bench import ingest, pretrain
 
-BENCHMARKS = {"ingest": ingest.main, "pretraining": pretraining.main}
+BENCHMARKS = {"ingest": ingest.main, "pretrain": pretrain.main}
 
-for name in sys.argv[1:] or BENCHMARKS:
-    BENCHMARKS[name]()
+if __name__ == "__main__":  # workers of a pool import this module again
+    for name in sys.argv[1:] or BENCHMARKS:
+        BENCHMARKS[name]()

@@ -1,89 +1,301 @@
-"""Ingest: photographs in shards through Ray Data, against torch's DataLoader as RETFound reads a folder.
+"""Ingest: photographs in shards through Ray Data into a Train worker, against what others read with.
 
-Both read the same JPEGs of 1,068 x 712 px from disk into random crops of 224 px on two cores.
+All read the same JPEGs of 1,068 x 712 px into random crops of 224 px, normalised, on all cores of this machine: this
+ingest from disk and from an S3 server on loopback; torch's DataLoader with ImageFolder and RandomResizedCrop, as
+RETFound reads; webdataset; mosaicml-streaming, in an environment of its own; and the bare decode loop as the limit.
+Rates are those between the first batch and the last, start-up aside. The same run measures the error of decoding at a
+reduced scale, and the memory for one and for ten times the images.
 """
 
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import subprocess
+import tarfile
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import boto3
 import numpy as np
+import psutil
+import pyarrow as pa
 import torch
+import torch.nn.functional as F
+import webdataset
+from moto.server import ThreadedMotoServer
 from PIL import Image
+from torch import Tensor
 from torchvision import datasets, transforms
 
-from gretfound import corpus, fundus, phantom, shard, storage
+from gretfound import corpus, fit, ingest, phantom, shard, storage
+from gretfound.encoder import crops
+from gretfound.encoder.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
+from gretfound.fundus import FieldOfView
 from gretfound.lineage import Corpus, ShardSet
 from jobs import console
-from tests.bench.outcome import Ratio, Row, rate, repeated, write
+from tests.bench.outcome import Ratio, Row, write
 from tests.hubs import assemble
 
-NUM_IMAGES, SIZE_PX, BATCH_SIZE = 1024, 224, 64
+NUM_IMAGES, NUM_EPOCHS, SIZE_PX, BATCH_SIZE = 1024, 4, 224, 64
+CORES = os.cpu_count() or 1
+SCALE = (0.2, 1.0)
+VIEWS = {"image": crops.View(size_px=SIZE_PX, scale=SCALE)}
+RECIPE = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(SIZE_PX, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    ]
+)
 
 
 def main() -> None:
     """Measures and writes runs/bench/ingest.json."""
     with tempfile.TemporaryDirectory() as folder:
-        photographs = _draw(Path(folder) / "photographs" / "all")
-        hub_uri = storage.normalised(str(Path(folder) / "hub"))
-        rows = [shard.row_of(path.read_bytes(), site_id="bench", origin="real", cells={}) for path in photographs]
-        shards = tuple(shard.write_shard(hub_uri, rows[first : first + 512]) for first in range(0, len(rows), 512))
-        shard_set = ShardSet(site_id="bench", origin="real", num_images=len(rows), shards=shards, rejected={})
-        record = assemble(hub_uri, shard_set)
-        console.start_ray()
-        ours = repeated(lambda: rate(lambda: _stream(hub_uri, record), num_images=len(rows)))
-        theirs = repeated(lambda: rate(lambda: _load(photographs[0].parents[1]), num_images=len(rows)))
+        root = Path(folder)
+        paths = draw(root / "photographs" / "all")
+        rates = {
+            "bare decode loop": bare_rate(paths),
+            "torch DataLoader, ImageFolder, RandomResizedCrop": folder_rate(root / "photographs"),
+            "webdataset": webdataset_rate(paths, root / "tar"),
+            "mosaicml-streaming": mosaic_rate(root),
+        }
+        with s3_server() as s3_hub:
+            console.start_ray()
+            corpora = {place: corpus_at(hub, paths) for place, hub in (("disk", str(root / "hub")), ("S3", s3_hub))}
+            for place, (hub_uri, record) in corpora.items():
+                rates[f"gretfound.ingest, {place}"] = our_rate(hub_uri, record, root / f"{place}.json")
+            peaks = [memory(*corpora["disk"], times=times, folder=root) for times in (1, 10)]
+        error, interpolation_error, statistics = fidelity(paths)
+    ours, peers = rates["gretfound.ingest, disk"], rates
     write(
         "ingest",
         [
-            Row("gretfound.corpus.stream through Ray Data", ours, "images/s"),
-            Row("torch DataLoader, ImageFolder, RandomResizedCrop", theirs, "images/s"),
+            *(Row(name, rate, "images/s") for name, rate in rates.items()),
+            Row("peak memory, 1,024 images", peaks[0], "MiB"),
+            Row("peak memory, 10,240 images", peaks[1], "MiB"),
+            Row("mean error of reduced decoding against a whole one", error, "grey levels of 255"),
+            Row("the same of bilinear against bicubic, for scale", interpolation_error, "grey levels of 255"),
+            *(Row(name, value, "on the scale of [0, 1]") for name, value in statistics.items()),
         ],
-        [Ratio("ingest over DataLoader", ours / theirs, ">= 2.5 (issue 3); first measurement")],
+        [
+            Ratio("ingest over DataLoader", ours / peers["torch DataLoader, ImageFolder, RandomResizedCrop"], ">= 2.5"),
+            Ratio("ingest over webdataset", ours / peers["webdataset"], "> 1"),
+            Ratio("ingest over mosaicml-streaming", ours / peers["mosaicml-streaming"], "> 1"),
+            Ratio("ingest over the bare decode loop", ours / peers["bare decode loop"], ">= 0.6"),
+            Ratio("ingest from S3 over ingest from disk", rates["gretfound.ingest, S3"] / ours, "reported"),
+            Ratio("peak memory, ten times the images", peaks[1] / peaks[0], "0.9 to 1.1"),
+        ],
     )
 
 
-def _draw(folder: Path) -> list[Path]:
+def draw(folder: Path) -> list[Path]:
+    """Writes the photographs: shifted copies of 32 drawn ones, so that each file has pixels of its own."""
     folder.mkdir(parents=True)
     site, paths = phantom.SITES["public"], []
     eyes = phantom.list_eyes(site, num_images=32, seed=0)
     drawn = [phantom.draw_eye(site, seed=seed, size_px=712, eye=eye).image for seed, eye in eyes]
-    for index in range(NUM_IMAGES):  # shifted copies: each file has its own pixels, and drawing takes seconds
+    for index in range(NUM_IMAGES):
         wide = np.zeros((712, 1068, 3), dtype=np.uint8)
         wide[:, 178:890] = np.roll(drawn[index % 32], index // 32, axis=1)
         paths.append(folder / f"{index:05d}.jpg")
-        Image.fromarray(wide).save(paths[-1], quality=87)
-        if index == 0:
-            assert fundus.find_field_of_view(wide) is not None
+        Image.fromarray(wide).save(paths[-1], quality=90)
     return paths
 
 
-def _stream(hub_uri: str, record: Corpus) -> None:
-    (iterator,) = corpus.stream(
-        hub_uri,
+def corpus_at(hub: str, paths: list[Path]) -> tuple[str, Corpus]:
+    """Writes the photographs as shards of a hub, and a corpus over them."""
+    hub_uri = storage.normalised(hub)
+    field_of_view = FieldOfView(x_px=534.0, y_px=356.0, radius_px=356.0)
+    rows = []
+    for index, path in enumerate(paths):
+        row = dict.fromkeys(shard.SCHEMA.names) | {"image": path.read_bytes(), "image_id": f"{index:064x}"}
+        row |= {"site_id": f"bench{index % 2}", "origin": "real", "width_px": 1068, "height_px": 712}
+        rows.append(row | {f"fov_{name}": value for name, value in vars(field_of_view).items()})
+    shards = tuple(shard.write_shard(hub_uri, rows[first : first + 512]) for first in range(0, len(rows), 512))
+    shard_set = ShardSet(site_id="bench", origin="real", num_images=len(rows), shards=shards, rejected={})
+    storage.write_record(hub_uri, shard_set)
+    return hub_uri, assemble(hub_uri, shard_set)
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """Starts an S3 server on loopback; gives the URI of a hub on it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "bench"}
+    os.environ.update(settings | {"AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"})
+    boto3.client("s3").create_bucket(Bucket="bench")
+    yield "s3://bench/hub"
+    server.stop()
+
+
+def steady_rate(batches: Iterator[Any]) -> float:
+    """Returns images a second between the first batch and the last."""
+    next(batches)
+    began_s, seen = time.perf_counter(), 0
+    for batch in batches:
+        seen += len(batch)
+    return seen / (time.perf_counter() - began_s)
+
+
+def consume(settings: dict[str, Any]) -> None:
+    """Runs on the Train worker: takes the stream, normalises, and writes down the rate."""
+    record = storage.read_record(settings["hub_uri"], settings["corpus_id"], Corpus)
+    (iterator,) = ingest.stream(
+        settings["hub_uri"],
         record,
         start=0,
-        end=record.num_images,
+        end=settings["num_images"],
         num_workers=1,
         images_per_worker_step=BATCH_SIZE,
-        size_px=SIZE_PX,
-        crop_scale=(0.2, 1.0),
+        views=VIEWS,
         seed=0,
-        data_cpus=2.0,
+        data_cpus=float(CORES),
     )
-    seen = sum(len(batch["image"]) for batch in corpus.torch_batches(iterator, images_per_batch=BATCH_SIZE))
-    assert seen == record.num_images
+    transform = Transform(image_size_px=SIZE_PX)
+    batches = (
+        transform.normalise(batch["image"]) for batch in ingest.torch_batches(iterator, images_per_batch=BATCH_SIZE)
+    )
+    Path(settings["answer"]).write_text(json.dumps(steady_rate(batches)))
 
 
-def _load(folder: Path) -> None:
-    recipe = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(SIZE_PX, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
-        ]
+def our_rate(hub_uri: str, record: Corpus, answer: Path, *, num_images: int = NUM_IMAGES * NUM_EPOCHS) -> float:
+    """Streams the corpus into one Ray Train worker."""
+    fit.run(
+        consume,
+        {"hub_uri": hub_uri, "corpus_id": record.id, "answer": str(answer), "num_images": num_images},
+        run_uri=str(answer.parent / "runs"),
+        name=answer.stem,
+        cpus_per_worker=0.001,  # logical: the cores are Ray Data's, and the worker only takes what arrives
+        max_failures=0,
     )
-    loader = torch.utils.data.DataLoader(
-        datasets.ImageFolder(folder, recipe), batch_size=BATCH_SIZE, shuffle=True, num_workers=2
-    )
-    assert sum(len(image) for image, _ in loader) == NUM_IMAGES
+    return float(json.loads(answer.read_text()))
+
+
+def memory(hub_uri: str, record: Corpus, *, times: int, folder: Path) -> float:
+    """Returns the peak memory of all of this benchmark's processes, in MiB, over so many times the corpus's images."""
+    manifest = pa.concat_tables([corpus.read_manifest(hub_uri, record)] * times)
+    place = folder / f"corpus{times}"
+    place.mkdir()
+    (place / "manifest.parquet").write_bytes(corpus.encode_manifest(manifest))
+    repeated = storage.publish_folder(hub_uri, place, replace(record, files=(), num_images=record.num_images * times))
+    stopped, peak = threading.Event(), [0.0]
+
+    def watch() -> None:
+        while not stopped.wait(0.5):
+            held = 0.0
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    held += process.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            peak[0] = max(peak[0], held / 2**20)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    our_rate(hub_uri, repeated, folder / f"memory{times}.json", num_images=repeated.num_images)
+    stopped.set()
+    watcher.join()
+    return peak[0]
+
+
+def bare_rate(paths: list[Path]) -> float:
+    """Decodes and crops from memory in one process a core, with nothing around it."""
+    with multiprocessing.get_context("spawn").Pool(CORES) as pool:
+        return sum(pool.map(bare_loop, [paths] * CORES, chunksize=1))
+
+
+def bare_loop(paths: list[Path]) -> float:
+    """Returns the images a second of one process."""
+    torch.set_num_threads(1)
+    encoded = [path.read_bytes() for path in paths[:256]]
+    field_of_view = FieldOfView(x_px=534.0, y_px=356.0, radius_px=356.0)
+    transform = Transform(image_size_px=SIZE_PX)
+
+    def batches() -> Iterator[Tensor]:
+        for first in range(0, NUM_IMAGES * NUM_EPOCHS // CORES, BATCH_SIZE):
+            drawn = [
+                crops.draw_views(
+                    encoded[place % len(encoded)],
+                    field_of_view=field_of_view,
+                    views=VIEWS,
+                    rng=np.random.default_rng([0, place]),
+                )["image"]
+                for place in range(first, first + BATCH_SIZE)
+            ]
+            yield transform.normalise(torch.from_numpy(np.stack(drawn)))
+
+    return steady_rate(batches())
+
+
+def folder_rate(folder: Path) -> float:
+    """Reads as RETFound's script does."""
+    photographs = torch.utils.data.ConcatDataset([datasets.ImageFolder(folder, RECIPE)] * NUM_EPOCHS)
+    loader = torch.utils.data.DataLoader(photographs, batch_size=BATCH_SIZE, shuffle=True, num_workers=CORES)
+    return steady_rate(image for image, _ in loader)
+
+
+def webdataset_rate(paths: list[Path], folder: Path) -> float:
+    """Reads tar files with webdataset and the same crops as the DataLoader."""
+    folder.mkdir()
+    for part in range(4):
+        with tarfile.open(folder / f"{part:04d}.tar", "w") as tar:
+            for path in paths[part::4]:
+                tar.add(path, arcname=path.name)
+    shards = sorted(str(path) for path in folder.glob("*.tar")) * NUM_EPOCHS
+    stream = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).shuffle(512).decode("pil")
+    stream = stream.to_tuple("jpg").map_tuple(RECIPE).batched(BATCH_SIZE)
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=CORES)
+    return steady_rate(image for (image,) in loader)
+
+
+def mosaic_rate(root: Path) -> float:
+    """Runs tests/bench/mosaic.py in an environment of its own: its pins exclude this project's."""
+    program = Path(__file__).with_name("mosaic.py")
+    python = subprocess.run([program.with_suffix(".sh")], check=True, capture_output=True, text=True).stdout.split()[-1]
+    arguments = [root / "photographs" / "all", root / "mosaic", SIZE_PX, BATCH_SIZE, NUM_EPOCHS, CORES]
+    answer = subprocess.run([python, program, *map(str, arguments)], check=True, capture_output=True, text=True)
+    return float(answer.stdout.split()[-1])
+
+
+def fidelity(paths: list[Path]) -> tuple[float, float, dict[str, float]]:
+    """Compares our crops with torchvision's of the same boxes, decoded whole by Pillow.
+
+    Returns:
+        The mean absolute error of our crops, that of bilinear instead of bicubic interpolation (the size of an error
+        that the field takes without a thought), and both crops' mean and deviation.
+    """
+    ours, theirs, bilinear = [], [], []
+    for place, path in enumerate(paths[:256]):
+        encoded, field_of_view = path.read_bytes(), FieldOfView(x_px=534.0, y_px=356.0, radius_px=356.0)
+        ours.append(
+            crops.draw_views(encoded, field_of_view=field_of_view, views=VIEWS, rng=np.random.default_rng([0, place]))[
+                "image"
+            ]
+        )
+        rng = np.random.default_rng([0, place])
+        x0, y0, x1, y1 = crops.draw_crop(712, 712, scale=SCALE, ratio=crops.ASPECT_RATIO, rng=rng)
+        is_flipped = rng.random() < 0.5
+        with Image.open(io.BytesIO(encoded)) as opened:
+            crop = opened.convert("RGB").crop((round(x0) + 178, round(y0), round(x1) + 178, round(y1)))
+        for kept, filter_ in ((theirs, Image.Resampling.BICUBIC), (bilinear, Image.Resampling.BILINEAR)):
+            pixels = np.asarray(crop.resize((SIZE_PX, SIZE_PX), filter_)).transpose(2, 0, 1)
+            kept.append(pixels[:, :, ::-1] if is_flipped else pixels)
+    a, b, c = (torch.from_numpy(np.stack(each)).float() for each in (ours, theirs, bilinear))
+    statistics = {
+        "mean, ours": float(a.mean()) / 255,
+        "mean, torchvision's": float(b.mean()) / 255,
+        "deviation, ours": float(a.std()) / 255,
+        "deviation, torchvision's": float(b.std()) / 255,
+    }
+    return float(F.l1_loss(a, b)), float(F.l1_loss(c, b)), statistics
