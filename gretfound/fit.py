@@ -11,6 +11,7 @@ ZeRO shards it where a stage is given. Progress and schedules are counted in ima
 """
 
 import contextlib
+import functools
 import logging
 import math
 import random
@@ -25,6 +26,8 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.utils.checkpoint
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +36,7 @@ from gretfound.errors import ConfigError, NonFiniteLoss
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
-NOT_FOR_OBJECTIVE = ("group", "label")
+NOT_FOR_OBJECTIVE = ("group", "label", "image_key")  # what a run is watched by
 MAX_GROUPS = 1024  # sites times origins whose losses are told apart; any further ones share the last place
 
 
@@ -101,6 +104,7 @@ def train(
     accumulation: int = 1,
     precision: str = "float32",
     zero_stage: int | None = None,
+    recomputes_activations: bool = False,
     device: str = "cpu",
     seed: int = 0,
     checkpoints: Checkpoints | None = None,
@@ -129,6 +133,7 @@ def train(
         precision: ``float32``, or ``bfloat16`` for autocast in the forward pass; weights and their averages are always
             float32.
         zero_stage: DeepSpeed ZeRO stage 0 to 3, or None for plain PyTorch in one process.
+        recomputes_activations: Whether each transformer block is computed anew in the backward pass, not kept.
         device: ``cpu`` or ``cuda``; never chosen silently.
         seed: Seeds Python, NumPy and PyTorch before the first step.
         checkpoints: Where state is kept; None keeps none.
@@ -145,6 +150,8 @@ def train(
         ConfigError: If the stream of batches ends early.
     """
     _seed_everything(seed)
+    if recomputes_activations:
+        _recompute_activations(objective)
     engine, rate_scales = _make_engine(
         objective,
         micro_batch_size=batch_size // (_world_size() * accumulation),
@@ -305,9 +312,19 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def peak_lr_for(batch_size: int, *, base_lr: float) -> float:
-    """Scales a base rate, given for 256 images a step, linearly with the batch (Goyal et al., arXiv:1706.02677)."""
-    return base_lr * batch_size / 256
+def peak_lr_for(batch_size: int, *, base_lr: float, scaling: str = "linear") -> float:
+    """Scales a base rate to the batch.
+
+    Source: ``linear``, for 256 images a step, is Goyal et al., arXiv:1706.02677, as MAE and RETFound take it; ``sqrt``,
+    for 1,024 images a step, is DINOv2's.
+    """
+    match scaling:
+        case "linear":
+            return base_lr * batch_size / 256
+        case "sqrt":
+            return base_lr * math.sqrt(batch_size / 1024)
+        case _:
+            raise ValueError(f"found scaling={scaling!r}; required linear or sqrt")
 
 
 class PlainEngine:
@@ -455,6 +472,15 @@ def check_resources(
                 f"found {available.get(resource, 0.0):g} {resource}s in the cluster; required {amount:g} for "
                 f"{num_workers} worker(s) and {data_cpus:g} data CPUs. Lower num_workers, cpus_per_worker or "
                 "data_cpus, or add nodes"
+            )
+
+
+def _recompute_activations(objective: nn.Module) -> None:
+    """Makes timm's transformer blocks forget what they computed until the backward pass needs it."""
+    for module in objective.modules():
+        if isinstance(module, Block):
+            module.forward = functools.partial(  # type: ignore[method-assign]
+                torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False
             )
 
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 ROW_GROUPS_PER_WINDOW = 4  # a thousand photographs: enough to mix sites, few enough to hold as crops
 SEGMENT_IMAGES = 2**20  # images of one Ray Data execution: its plan must not grow with the run
 IMAGES_PER_BLOCK = 64
-_IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px"]
+_IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px", "dr"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,8 @@ def read_window(
 
     Yields:
         Blocks of photographs in order, with the crops of `draw_views` by the views' names (uint8), ``position`` int64,
-        ``group`` int64 (an index of `Order.groups`), ``is_readable`` and ``image_id``, each (B, ...).
+        ``group`` int64 (an index of `Order.groups`), ``label`` int64 (the ICDR grade, -1 where it is not known: for
+        watching a run, never for its loss), ``is_readable`` and ``image_id``, each (B, ...).
     """
     first = max(0, start - window.first_position)
     draws = list(enumerate(order.draws(window)))[first : end - window.first_position]
@@ -186,6 +187,7 @@ def read_window(
             rows[offset - first] = crops | {
                 "position": position,
                 "group": order.group_codes[row_group],
+                "label": -1 if held["dr"][row] is None else int(held["dr"][row]),
                 "is_readable": is_readable,
                 "image_id": held["image_id"][row],
             }
@@ -233,7 +235,7 @@ def stream(
     num_windows = len(_windows_of(hub_uri, corpus_id, seed, start, end))
 
     def read(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        manifest, order = _order_of(hub_uri, corpus_id, seed)
+        manifest, order = plan_of(hub_uri, corpus_id, seed)
         windows = _windows_of(hub_uri, corpus_id, seed, start, end)
         for place in batch["id"].tolist():
             yield from read_window(
@@ -254,7 +256,9 @@ def stream(
 def torch_batches(
     iterator: ray.data.DataIterator, *, images_per_batch: int, rejected: dict[int, str] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields one worker's batches of `stream`: the views, ``position`` and ``group``, as tensors.
+    """Yields one worker's batches of `stream` as tensors: the views, ``position``, ``group``, ``label``, ``image_key``.
+
+    ``image_key`` int64 is the start of the photograph's id: equal for two draws of one photograph.
 
     Args:
         iterator: This worker's iterator.
@@ -272,16 +276,17 @@ def torch_batches(
             )
         if not readable.all():
             batch = {name: values[readable] for name, values in batch.items()}
+        image_key = np.array([int(image_id[:15], 16) for image_id in batch["image_id"]])
         yield {
             name: torch.from_numpy(np.array(values))
-            for name, values in batch.items()
+            for name, values in (batch | {"image_key": image_key}).items()
             if name not in ("is_readable", "image_id")
         }
 
 
 @functools.lru_cache(maxsize=2)
-def _order_of(hub_uri: str, corpus_id: str, seed: int) -> tuple[pa.Table, Order]:
-    """Each Ray Data worker plans for itself, once: the plan is a pure function and smaller to make than to send."""
+def plan_of(hub_uri: str, corpus_id: str, seed: int) -> tuple[pa.Table, Order]:
+    """Returns a corpus's manifest and order; each process makes its own, once: that is less than sending it."""
     record = storage.read_record(hub_uri, corpus_id, Corpus)
     manifest = corpus.read_manifest(hub_uri, record)
     return manifest, Order(manifest, seed=seed, phase_images=record.phase_images)
@@ -289,7 +294,7 @@ def _order_of(hub_uri: str, corpus_id: str, seed: int) -> tuple[pa.Table, Order]
 
 @functools.lru_cache(maxsize=2)
 def _windows_of(hub_uri: str, corpus_id: str, seed: int, start: int, end: int) -> list[Window]:
-    return list(_order_of(hub_uri, corpus_id, seed)[1].windows(start, end))
+    return list(plan_of(hub_uri, corpus_id, seed)[1].windows(start, end))
 
 
 def _read_row_group(hub_uri: str, manifest: pa.Table, row_group: int) -> dict[str, list[Any]]:

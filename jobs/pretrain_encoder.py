@@ -1,4 +1,4 @@
-"""Corpus -> encoder: pretrains a vision transformer without labels, as a masked autoencoder.
+"""Corpus -> encoder: pretrains a vision transformer without labels, as a masked autoencoder or by self-distillation.
 
 python -m jobs.pretrain_encoder conf/pretrain/demo.yaml hub_uri=runs/demo/hub
 
@@ -7,13 +7,15 @@ checkpoint when the same command is run again. Records one Encoder and prints it
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
 from jobs import console
+
+OBJECTIVE_NAMES = {"mae": "mae.safetensors", "dinov2": "dinov2.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,43 @@ class MAEConfig:
     """The masked autoencoder (He et al., CVPR 2022)."""
 
     mask_ratio: float = setting(0.75, "share of patches hidden from the encoder")
+    predicted_share: float = setting(1.0, "share of the hidden patches that the decoder predicts; less is faster")
     decoder_width: int = setting(512, "width of the decoder")
     decoder_depth: int = setting(8, "blocks of the decoder")
     decoder_num_heads: int = setting(16, "attention heads of the decoder")
     normalise_patches: bool = setting(True, "normalise each target patch by its own mean and variance")
+
+
+@dataclass(frozen=True)
+class DINOv2Config:
+    """Self-distillation (Oquab et al., 2023)."""
+
+    prototypes: int = setting(65_536, "prototypes of each head")
+    hidden: int = setting(2048, "width of the heads' hidden layers")
+    bottleneck: int = setting(256, "width in which features meet the prototypes")
+    shared_head: bool = setting(True, "whether patch tokens share the class token's head")
+    momentum: float = setting(0.992, "the teacher's momentum at the first image; it rises to 1 on a cosine")
+    teacher_temperature: float = setting(0.04, "temperature of the targets at the first image")
+    final_teacher_temperature: float = setting(0.07, "temperature of the targets after the warm-up")
+    teacher_temperature_warmup_images: int = setting(38_400_000, "images over which the temperature rises")
+    sinkhorn_iterations: int = setting(3, "rounds of Sinkhorn-Knopp centring; 0 invites collapse")
+    frozen_images: int = setting(1_280_000, "images before the prototypes begin to learn")
+    koleo_weight: float = setting(0.1, "weight of the regulariser that spreads features")
+    patch_weight: float = setting(1.0, "weight of the loss on masked patches (iBOT)")
+    mask_probability: float = setting(0.5, "chance of each global crop to be masked")
+    layer_decay: float = setting(0.9, "factor of the learning rate from each block to the one before it")
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """The crops of a photograph; a masked autoencoder takes one global crop, self-distillation takes them all."""
+
+    global_scale_min: float = setting(0.2, "smallest share of the field of view that a global crop covers; 0 to 1")
+    num_local: int = setting(8, "local crops a photograph")
+    local_size_px: int = setting(96, "side of a local crop, pixels")
+    local_scale_min: float = setting(0.05, "smallest share that a local crop covers")
+    local_scale_max: float = setting(0.32, "largest share that a local crop covers")
+    colour: float = setting(0.0, "strength of colour jitter, greying and blur, 0 to 1; DINOv2 takes 1")
 
 
 @dataclass(frozen=True)
@@ -46,12 +81,18 @@ class FitConfig:
     num_images: int = setting(904_170 * 800, "images to see in all")
     batch_size: int = setting(1792, "images a step, over all workers")
     accumulation: int = setting(1, "micro-batches a step")
-    base_lr: float = setting(1.5e-4, "peak learning rate for 256 images a step; scaled linearly")
+    base_lr: float = setting(1.5e-4, "peak learning rate, before it is scaled to the batch")
+    lr_scaling: str = setting("linear", "linear: base_lr is for 256 images a step; sqrt: for 1,024, by the square root")
     warmup_images: int = setting(904_170 * 15, "images over which the rate rises")
     weight_decay: float = setting(0.05, "AdamW's, on matrices only")
+    final_weight_decay: float | None = setting(None, "where the decay goes to on a cosine; null: it stays")
+    second_beta: float = setting(0.95, "AdamW's second beta; DINOv2 takes 0.999")
     clip_norm: float = setting(0.0, "largest gradient norm; 0: no clipping")
     precision: str = setting("bfloat16", "float32 or bfloat16")
     zero_stage: int = setting(1, "DeepSpeed ZeRO stage, 0 to 3")
+    recomputes_activations: bool = setting(
+        False, "recompute each block in the backward pass: less memory, a third slower"
+    )
     checkpoint_every_images: int = setting(904_170, "images between checkpoints; 0: at the end only")
 
 
@@ -60,6 +101,7 @@ class ClusterConfig:
     """What the run takes of the cluster."""
 
     num_workers: int = setting(1, "training workers")
+    min_workers: int = setting(0, "go on with as few workers as these when nodes are lost; 0: only with num_workers")
     cpus_per_worker: float = setting(1.0, "CPUs that each one reserves")
     gpus_per_worker: float = setting(0.0, "GPUs that each one reserves; 0 trains on CPU")
     data_cpus: float = setting(1.0, "CPUs for Ray Data: decoding and augmenting")
@@ -74,10 +116,13 @@ class Config:
     hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
     corpus_id: str = setting(help="the corpus's record id")
     seed: int = setting(0, "decides order, crops, masks and initial weights")
-    crop_scale_min: float = setting(0.2, "smallest share of the field of view that a crop covers; 0 to 1")
+    objective: str = setting("mae", "mae: masked autoencoder; dinov2: self-distillation")
+    initial_weights_uri: str = setting("", "weights to start from: MAE, RETFound, DINOv2, timm or our own; empty: none")
     project: str = setting("gretfound", "the W&B project")
     encoder: EncoderConfig = setting(EncoderConfig())
     mae: MAEConfig = setting(MAEConfig())
+    dinov2: DINOv2Config = setting(DINOv2Config())
+    crops: CropConfig = setting(CropConfig())
     fit: FitConfig = setting(FitConfig())
     cluster: ClusterConfig = setting(ClusterConfig())
 
@@ -88,35 +133,74 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks what spans keys."""
-        share = self.cluster.num_workers * self.fit.accumulation
-        if self.fit.batch_size % share:
-            raise ConfigError(
-                f"fit.batch_size={self.fit.batch_size} is not divisible by "
-                f"cluster.num_workers * fit.accumulation = {share}"
-            )
+        for num_workers in range(self.cluster.min_workers or self.cluster.num_workers, self.cluster.num_workers + 1):
+            if self.fit.batch_size % (num_workers * self.fit.accumulation):
+                raise ConfigError(
+                    f"fit.batch_size={self.fit.batch_size} is not divisible by cluster.num_workers={num_workers} times "
+                    f"fit.accumulation={self.fit.accumulation}; every number of workers from cluster.min_workers on "
+                    "has to divide it"
+                )
+        if self.fit.lr_scaling not in ("linear", "sqrt"):
+            raise ConfigError(f"fit.lr_scaling={self.fit.lr_scaling!r} is neither linear nor sqrt")
+        if self.objective not in ("mae", "dinov2"):
+            raise ConfigError(f"objective={self.objective!r} is neither mae nor dinov2")
         if self.fit.precision not in ("float32", "bfloat16"):
             raise ConfigError(f"fit.precision={self.fit.precision!r} is neither float32 nor bfloat16")
         if self.fit.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"fit.zero_stage={self.fit.zero_stage} is none of 0, 1, 2, 3")
 
 
-def build_objective(config: Config) -> Any:
-    """Builds the untrained autoencoder of a configuration; a finished run's weights fit it."""
+def build_objective(config: Config, *, initial_weights_path: Path | None = None) -> Any:
+    """Builds the objective of a configuration before its first step; a finished run's weights fit it."""
     import torch
 
     from gretfound.encoder.architecture import build_encoder
+    from gretfound.encoder.dinov2 import SelfDistillation
+    from gretfound.encoder.importers import import_weights
     from gretfound.encoder.mae import MaskedAutoencoder
 
     torch.manual_seed(config.seed)
     encoder = build_encoder(**asdict(config.encoder))
-    return MaskedAutoencoder(encoder, mask_seed=config.seed, **asdict(config.mae))
+    match config.objective:
+        case "mae":
+            objective: Any = MaskedAutoencoder(encoder, mask_seed=config.seed, **asdict(config.mae))
+            if initial_weights_path:  # after the autoencoder has set its own
+                import_weights(encoder, initial_weights_path)
+        case "dinov2":
+            if initial_weights_path:  # before the teacher copies them
+                import_weights(encoder, initial_weights_path)
+            objective = SelfDistillation(
+                encoder, num_images=config.num_images_seen, mask_seed=config.seed, **asdict(config.dinov2)
+            )
+    return objective
+
+
+def fetch_initial_weights(hub_uri: str, uri: str, folder: Path) -> Path | None:
+    """Brings the weights that a run starts from to this machine: an encoder of the hub, or a file of any importer."""
+    from gretfound import storage
+    from gretfound.lineage import Encoder
+
+    if not uri:
+        return None
+    if uri.startswith("encoder-"):
+        return storage.fetch_folder(hub_uri, storage.read_record(hub_uri, uri, Encoder), folder)
+    if path := storage.local_path(uri):
+        return path
+    storage.download_file(uri, folder / uri.rpartition("/")[2])
+    return folder / uri.rpartition("/")[2]
 
 
 def build_views(config: Config) -> dict[str, Any]:
     """Returns the crops that the configuration's objective takes."""
     from gretfound.encoder.crops import View
 
-    return {"image": View(size_px=config.encoder.image_size_px, scale=(config.crop_scale_min, 1.0))}
+    crops = config.crops
+    whole = View(size_px=config.encoder.image_size_px, scale=(crops.global_scale_min, 1.0), colour=crops.colour)
+    if config.objective == "mae":
+        return {"image": whole}
+    local_scale = (crops.local_scale_min, crops.local_scale_max)
+    local = View(size_px=crops.local_size_px, scale=local_scale, number=crops.num_local, colour=crops.colour)
+    return {"global_crop": replace(whole, number=2), "local_crop": local}
 
 
 def pretrain_on_worker(settings: dict[str, Any]) -> None:
@@ -126,6 +210,7 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
 
     from gretfound import fit, ingest, storage, tracking
     from gretfound.checkpoints import RayCheckpoints
+    from gretfound.encoder.health import Monitor
     from gretfound.lineage import Corpus
 
     config: Config = settings["config"]
@@ -161,25 +246,33 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
         settings=canonical(config),
         is_active=worker.get_world_rank() == 0,
     )
-    with tracker:
-        objective = build_objective(config)
+    _, order = ingest.plan_of(hub_uri, config.corpus_id, config.seed)
+    group_names = ["/".join(group) for group in order.groups]
+    with tracker, storage.scratch_folder() as folder:
+        weights_path = fetch_initial_weights(hub_uri, config.initial_weights_uri, Path(folder))
+        objective = build_objective(config, initial_weights_path=weights_path)
+        monitor = Monitor(objective)
         summary = fit.train(
             objective,
             batches,
             num_images=config.num_images_seen,
             batch_size=config.fit.batch_size,
             accumulation=config.fit.accumulation,
-            peak_lr=fit.peak_lr_for(config.fit.batch_size, base_lr=config.fit.base_lr),
+            peak_lr=fit.peak_lr_for(config.fit.batch_size, base_lr=config.fit.base_lr, scaling=config.fit.lr_scaling),
             warmup_images=config.fit.warmup_images,
             weight_decay=config.fit.weight_decay,
+            final_weight_decay=config.fit.final_weight_decay,
+            betas=(0.9, config.fit.second_beta),
             clip_norm=config.fit.clip_norm,
             precision=config.fit.precision,
             zero_stage=config.fit.zero_stage,
+            recomputes_activations=config.fit.recomputes_activations,
             device="cuda" if config.cluster.gpus_per_worker else "cpu",
             seed=config.seed,
             checkpoints=RayCheckpoints(fit.train_uri(run_uri, settings["run_id"])),
             checkpoint_every_images=config.fit.checkpoint_every_images,
-            on_progress=lambda progress: tracker.write(progress.figures()),
+            on_batch=monitor.observe,
+            on_progress=lambda progress: tracker.write(progress.figures(group_names) | monitor.figures()),
         )
     if rejected:
         name = f"{worker.get_world_rank():05d}-{min(rejected):015d}.json"
@@ -189,14 +282,13 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
 
 
 def write_encoder(config: Config, summary: Any, uri: str) -> None:
-    """Writes the encoder folder, and beside it the whole autoencoder for reconstructions and for training on."""
+    """Writes the encoder folder, and beside it the whole objective, for reconstructions and for training on."""
     import json
 
     from safetensors.torch import save_file
 
     from gretfound import storage
     from gretfound.encoder.folder import load_strictly, write_encoder_folder
-    from gretfound.encoder.mae import AUTOENCODER_NAME
     from gretfound.encoder.transform import Transform
 
     fresh = build_objective(config)
@@ -207,9 +299,9 @@ def write_encoder(config: Config, summary: Any, uri: str) -> None:
             Path(folder),
             architecture=config.encoder.architecture,
             transform=Transform(image_size_px=config.encoder.image_size_px),
-            extra={"objective": "mae", "images_seen": summary.images_seen},
+            extra={"objective": config.objective, "images_seen": summary.images_seen},
         )
-        save_file(summary.weights, path / AUTOENCODER_NAME, metadata={"format": "pt"})
+        save_file(summary.weights, path / OBJECTIVE_NAMES[config.objective], metadata={"format": "pt"})
         (path / "config.yaml").write_text(to_yaml(config))
         (path / "training.json").write_text(
             json.dumps({"images_seen": summary.images_seen, "final_loss": summary.final_loss}) + "\n"
@@ -251,7 +343,7 @@ def main(argv: list[str]) -> str:
             parents=(corpus.id,),
             recipe_id=recipe,
             architecture=config.encoder.architecture,
-            objective="mae",
+            objective=config.objective,
             image_size_px=config.encoder.image_size_px,
             images_seen=summary["images_seen"],
             final_loss=summary["final_loss"],

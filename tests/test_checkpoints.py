@@ -143,3 +143,25 @@ def test_restore__two_workers_then_one_then_three_see_every_image_once_an_epoch(
     expected = storage.read_json(f"{undisturbed.uri}/norms.json")
     for name, norm in storage.read_json(f"{run.uri}/norms.json").items():
         assert norm == pytest.approx(expected[name], rel=1e-3), name
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_restore__a_damaged_checkpoint_is_passed_over_and_none_left_is_an_error(tmp_path: Path) -> None:
+    run = Run(tmp_path, zero_stage=0)
+    with pytest.raises(ray.train.TrainingFailedError):
+        run.attempt(0, num_workers=1, dies_at=42)
+    kept = sorted(Path(storage.local_path(fit.train_uri(run.uri, "kills")) or "").glob("images_*"))
+    assert [each.name for each in kept] == ["images_000000000000024", "images_000000000000036"]
+    largest = max(kept[-1].rglob("*.pt"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(ray.train.TrainingFailedError):
+        run.attempt(1, num_workers=1, dies_at=30)
+    assert min(run.positions_by_attempt()[1]) == 24, "the older one is whole"
+    for path in kept[0].rglob("*.pt"):
+        path.unlink()
+    with pytest.raises(ray.train.WorkerGroupError) as caught:
+        run.attempt(2, num_workers=1, dies_at=0)
+    causes = [str(cause) for cause in caught.value.worker_failures.values()]
+    assert any("none of this run's 2 checkpoints is whole" in cause for cause in causes)

@@ -170,6 +170,91 @@ def test_train__bfloat16_follows_float32() -> None:
     assert losses == pytest.approx(plain_losses(), rel=0.03)
 
 
+class Watched(nn.Module):
+    """An objective with every optional part of the protocol; its loss is the image's number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow, self.fast = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+        self.image_losses = torch.zeros(0)
+        self.steps: list[int] = []
+
+    def forward(self, position: Tensor) -> Tensor:
+        self.image_losses = position.float()
+        return self.image_losses.mean() + 0 * (self.slow.sum() + self.fast.sum())
+
+    def after_step(self, images_seen: int) -> None:
+        self.steps.append(images_seen)
+
+    def learning_rate_scale(self, name: str) -> float:
+        return {"slow": 0.5, "fast": 1.0}[name]
+
+
+def test_train__protocol_of_an_objective() -> None:
+    objective, told, taken = Watched(), [], []
+    fit.train(
+        objective,
+        lambda start: (
+            {"position": torch.arange(first, first + 4), "group": torch.tensor([0, 0, 2, 2])}
+            for first in range(start, 40, 4)
+        ),
+        num_images=40,
+        batch_size=4,
+        peak_lr=0.1,
+        weight_decay=1.0,
+        final_weight_decay=1.0,
+        on_batch=lambda batch: taken.append(batch["group"].tolist()),
+        on_progress=told.append,
+        progress_every_s=-1.0,
+    )
+    assert objective.steps == list(range(4, 44, 4)) and taken == [[0, 0, 2, 2]] * 10
+    assert told[1].loss_by_group == {0: 4.5, 2: 6.5} and told[1].flops_per_s > 0
+    assert told[1].figures(["a", "b", "c"])["loss/c"] == 6.5
+    # Without a gradient AdamW only decays: each step multiplies by one minus the rate, here half as fast.
+    rates = [fit.learning_rate_at(seen, num_images=40, peak_lr=0.1, warmup_images=0) for seen in range(0, 40, 4)]
+    assert float(objective.fast.detach().mean()) == pytest.approx(math.prod(1 - rate for rate in rates), rel=1e-5)
+    assert float(objective.slow.detach().mean()) == pytest.approx(math.prod(1 - rate / 2 for rate in rates), rel=1e-5)
+
+
+def test_train__weight_decay_follows_its_cosine() -> None:
+    objective = Watched()
+    fit.train(
+        objective,
+        lambda start: ({"position": torch.arange(4)} for _ in range(start, 40, 4)),
+        num_images=40,
+        batch_size=4,
+        peak_lr=0.1,
+        weight_decay=1.0,
+        final_weight_decay=3.0,
+    )
+    expected = 1.0
+    for seen in range(0, 40, 4):
+        decay = 3.0 - 2.0 * 0.5 * (1 + math.cos(math.pi * seen / 40))
+        expected *= 1 - decay * fit.learning_rate_at(seen, num_images=40, peak_lr=0.1, warmup_images=0)
+    assert float(objective.fast.detach().mean()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_train__gradient_norm_is_told_and_activations_can_be_recomputed() -> None:
+    told: list[list[fit.Progress]] = [[], []]
+    for recomputes, points in zip((False, True), told, strict=True):
+        fit.train(
+            autoencoder(), batches_of(0, 1, 8), recomputes_activations=recomputes, on_progress=points.append, **SETTINGS
+        )
+    kept, recomputed = ([(each.loss, each.gradient_norm) for each in points] for points in told)
+    assert recomputed == pytest.approx(kept, rel=1e-5)
+    objective = autoencoder()
+    objective(**next(batches_of(0, 1, 8)(0))).backward()
+    squares = [each.grad.pow(2).sum() for each in objective.parameters() if each.grad is not None]
+    assert kept[0][1] == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-4)
+
+
+def test_peak_lr_for__linear_and_square_root() -> None:
+    assert fit.peak_lr_for(1792, base_lr=1.5e-4) == pytest.approx(1.05e-3)
+    assert fit.peak_lr_for(4096, base_lr=2e-4, scaling="sqrt") == pytest.approx(4e-4)
+    with pytest.raises(ValueError, match="linear or sqrt"):
+        fit.peak_lr_for(1, base_lr=1.0, scaling="none")
+
+
 def test_learning_rate_at__warms_up_and_decays() -> None:
     settings: dict[str, Any] = {"num_images": 1000, "peak_lr": 2.0, "warmup_images": 100, "final_lr": 0.5}
     rates = [fit.learning_rate_at(seen, **settings) for seen in (0, 50, 100, 550, 1000)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from gretfound import fundus
+from gretfound import fundus, phantom
 from tests.conftest import REAL_PHOTOGRAPHS
 
 RETINA = (170, 80, 40)
@@ -181,3 +181,25 @@ def test_perceptual_hash__near_duplicates_are_near() -> None:
     assert 0 <= own < 2**64
     assert (own ^ fundus.perceptual_hash(again)).bit_count() <= 6
     assert (own ^ fundus.perceptual_hash(mirrored)).bit_count() >= 16
+
+
+@pytest.mark.parametrize(
+    ("reduction", "factor"), [(0.4, 1), (1.0, 1), (1.99, 1), (2.0, 2), (3.9, 2), (4.0, 4), (50.0, 8)]
+)
+def test_decode_reduced__is_as_small_as_asked_and_no_smaller(reduction: float, factor: int) -> None:
+    image = phantom.draw_eye(phantom.SITES["aster"], seed=1, size_px=250, eye="left").image[:, :201]
+    encoded = fundus.encode_jpeg(image)
+    found = fundus.decode_reduced(encoded, reduction)
+    assert found.shape == (-(-250 // factor), -(-201 // factor), 3)
+    assert fundus.encoded_size(encoded) == (250, 201)
+    whole = np.asarray(Image.fromarray(image).resize((found.shape[1], found.shape[0]), Image.Resampling.BOX))
+    assert np.abs(found.astype(float) - whole).mean() < 3
+
+
+def test_decode_reduced__grey_and_four_colour_jpegs() -> None:
+    grey = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
+    for mode in ("L", "CMYK"):
+        stream = io.BytesIO()
+        Image.fromarray(grey).convert("RGB").convert(mode).save(stream, "JPEG", quality=95)
+        found = fundus.decode_reduced(stream.getvalue(), 2.0)
+        assert found.shape[2] == 3 and np.abs(found.mean(axis=2)[0] - grey[0, :: 256 // found.shape[1]]).mean() < 6

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as adjust
 
 from gretfound import fundus
 from gretfound.fundus import FieldOfView
@@ -30,11 +31,13 @@ class View:
         size_px: Side of the square crop.
         scale: Smallest and largest share of the field of view's square that it covers.
         number: Crops of this kind a photograph; None gives one without an axis of its own.
+        colour: Strength of the colour jitter, greying and blur, 0 to 1.
     """
 
     size_px: int
     scale: tuple[float, float]
     number: int | None = None
+    colour: float = 0.0
 
 
 def draw_views(
@@ -73,7 +76,7 @@ def draw_views(
         crop = F.interpolate(
             pixels_CHW[None, :, rows, columns], size=(views[name].size_px,) * 2, mode="bicubic", antialias=True
         )[0]
-        crops[name].append(crop.flip(-1) if is_flipped else crop)
+        crops[name].append(_recoloured(crop.flip(-1) if is_flipped else crop, views[name].colour, rng))
     return {
         name: (torch.stack(crops[name]) if view.number else crops[name][0].contiguous()).numpy()
         for name, view in views.items()
@@ -117,6 +120,29 @@ def draw_crop(
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
+
+
+def _recoloured(crop_CHW: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """Jitters brightness, contrast, saturation and hue in 8 of 10 crops, greys 2 of 10, blurs half.
+
+    Source: DINOv2's `DataAugmentationDINO` at strength 1, without solarising and with one chance of blur.
+    """
+    if not strength:
+        return crop_CHW
+    if rng.random() < 0.8:
+        brightness, contrast, saturation = (1 + strength * spread * rng.uniform(-1, 1) for spread in (0.4, 0.4, 0.2))
+        crop_CHW = adjust.adjust_brightness(crop_CHW, brightness)
+        crop_CHW = adjust.adjust_contrast(crop_CHW, contrast)
+        crop_CHW = adjust.adjust_saturation(crop_CHW, saturation)
+        crop_CHW = adjust.adjust_hue(crop_CHW, 0.1 * strength * rng.uniform(-1, 1))
+    if rng.random() < 0.2 * strength:
+        crop_CHW = adjust.rgb_to_grayscale(crop_CHW, num_output_channels=3)
+    if rng.random() < 0.5 * strength:
+        deviation_px = rng.uniform(0.1, 2.0) * crop_CHW.shape[-1] / 224
+        crop_CHW = adjust.gaussian_blur(
+            crop_CHW, kernel_size=[2 * math.ceil(2 * deviation_px) + 1] * 2, sigma=[deviation_px] * 2
+        )
+    return crop_CHW
 
 
 def _whole(start: float, end: float, side_px: int) -> slice:

@@ -10,6 +10,7 @@ reduced scale, and the memory for one and for ten times the images.
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import subprocess
@@ -26,6 +27,7 @@ import boto3
 import numpy as np
 import psutil
 import pyarrow as pa
+import ray
 import torch
 import torch.nn.functional as F
 import webdataset
@@ -59,16 +61,18 @@ RECIPE = transforms.Compose(
 
 def main() -> None:
     """Measures and writes runs/bench/ingest.json."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # the S3 server tells every request
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         paths = draw(root / "photographs" / "all")
         rates = {
-            "bare decode loop": bare_rate(paths),
+            "bare decode loop": max(bare_rate(paths) for _ in range(2)),
             "torch DataLoader, ImageFolder, RandomResizedCrop": folder_rate(root / "photographs"),
             "webdataset": webdataset_rate(paths, root / "tar"),
             "mosaicml-streaming": mosaic_rate(root),
         }
         with s3_server() as s3_hub:
+            ray.init(object_store_memory=512 * 2**20, include_dashboard=False, log_to_driver=False)
             console.start_ray()
             corpora = {place: corpus_at(hub, paths) for place, hub in (("disk", str(root / "hub")), ("S3", s3_hub))}
             for place, (hub_uri, record) in corpora.items():
