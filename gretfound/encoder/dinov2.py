@@ -256,7 +256,7 @@ class SelfDistillation(nn.Module):
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Takes back what `get_extra_state` returned."""
-        self._averages = dict(state)
+        self._averages = {name: average.clone() for name, average in state.items()}
 
     def momentum_at(self, images_seen: int) -> float:
         """Returns the teacher's momentum: a half cosine from ``momentum`` to ``final_momentum``."""
