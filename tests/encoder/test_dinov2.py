@@ -196,6 +196,12 @@ def test_branch__encodes_as_timm_does_at_any_size(sizes: dict[str, Any], size_px
     )
 
 
+def test_branch__patches_are_counted_after_every_prefix_token() -> None:
+    branch = small(sizes={"reg_tokens": 2}).student
+    token = torch.arange(2 * 19, dtype=torch.float32).view(2, 19, 1)  # class, two registers, 16 patches
+    assert branch.patches(token, torch.tensor([0, 15, 16])).flatten().tolist() == [3, 18, 22]
+
+
 def test_forward__a_masked_patch_cannot_be_seen_by_the_student() -> None:
     objective, image = small(), torch.randn(1, 3, 32, 32)
     mask = torch.zeros(1, 16, dtype=torch.bool)
