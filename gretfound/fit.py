@@ -283,7 +283,7 @@ class _Meter:
 
     def tell(self) -> dict[str, Any]:
         now_s = self._told_s = time.monotonic()
-        sums, counts = self._groups.cpu()
+        sums, counts = self._groups.cpu().clone()
         self._groups.zero_()
         rate = self._images / max(now_s - self._began_s, 1e-9)
         return {
@@ -524,7 +524,11 @@ def _make_engine(
         optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, fused=True)
         return PlainEngine(module, optimizer, clip_norm=clip_norm, accumulation=accumulation), rate_scales
     import deepspeed  # seconds to import, and of no use at a site
+    import deepspeed.ops
 
+    # DeepSpeed 0.19 compiles its own all-reduce for CPUs at the first start on a machine: a minute, and a compiler is
+    # needed; gloo does the same. To be removed when it can be switched off by configuration.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,

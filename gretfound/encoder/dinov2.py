@@ -73,7 +73,7 @@ class SelfDistillation(nn.Module):
             ``teacher_entropy`` and ``student_entropy`` are the mean entropies, in nats, of an image's distribution over
             prototypes without centring, ``teacher_usage_entropy`` and ``student_usage_entropy`` the entropy of the mean
             distribution. Over this worker's images only.
-        last_embedding_BD: The teacher's class tokens of the latest first global crops, for `health.rank_me`.
+        features: The teacher's class tokens of the latest first global crops, for `health.rank_me`.
 
     Raises:
         ValueError: If the encoder has no class token, position embedding or final norm, or a setting is out of range.
@@ -141,8 +141,7 @@ class SelfDistillation(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.last_figures: dict[str, Tensor] = {}
-        self.last_embedding_BD = torch.zeros(0, width)
-        self._averages: dict[str, Tensor] = {}
+        self.features: Tensor | None = None
 
     @property
     def encoder(self) -> Any:
@@ -205,7 +204,7 @@ class SelfDistillation(nn.Module):
             koleo = torch.stack([koleo_loss(each_BD) for each_BD in student_GTD[:, 0].split(num_images)]).sum()
 
         with torch.no_grad():
-            self.last_embedding_BD = teacher_GTD[:num_images, 0].detach()
+            self.features = teacher_GTD[:num_images, 0].detach()
             self.last_figures = {
                 "dino_global": dino_global.detach(),
                 "dino_local": dino_local.detach(),
@@ -222,8 +221,8 @@ class SelfDistillation(nn.Module):
         """Moves the teacher towards the student, after each optimizer step, on every worker.
 
         Under ZeRO stage 3 each worker moves its own partition; the partitions of a student's and a teacher's parameter
-        are cut alike. Parameters of less than 32 bits are averaged in float32 beside them: with a momentum near 1 the
-        step is smaller than bfloat16 can add.
+        are cut alike. Weights are float32, as `gretfound.fit` keeps them: with a momentum near 1 the step is smaller
+        than bfloat16 can add.
 
         Args:
             images_seen: Images of the run so far, over all workers, this step's included.
@@ -232,31 +231,14 @@ class SelfDistillation(nn.Module):
         student_share = 1 - self.momentum_at(images_seen)
         students = dict(self.student.named_parameters())
         for name, parameter in self.teacher.named_parameters():
-            source = students[name]
             is_partitioned = hasattr(parameter, "ds_tensor")
             target, value = (
-                (cast(Any, each).ds_tensor if is_partitioned else each).data for each in (parameter, source)
+                (cast(Any, each).ds_tensor if is_partitioned else each).data for each in (parameter, students[name])
             )
-            if target.dtype == torch.float32:
-                target.lerp_(value, student_share)
-            else:
-                average = self._averages.get(name)
-                average = (target.float() if average is None else average.to(target.device)).lerp_(
-                    value.float(), student_share
-                )
-                self._averages[name] = average
-                target.copy_(average)
+            target.lerp_(value, student_share)
             if is_partitioned and cast(Any, parameter).ds_status.name == "AVAILABLE":
                 # DeepSpeed 0.19 keeps small parameters gathered between steps; this copy is now out of date.
                 cast(Any, parameter).partition()
-
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """Returns the teacher's float32 averages (of this worker's partitions) where its own parameters are shorter."""
-        return dict(self._averages)
-
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `get_extra_state` returned."""
-        self._averages = {name: average.clone() for name, average in state.items()}
 
     def momentum_at(self, images_seen: int) -> float:
         """Returns the teacher's momentum: a half cosine from ``momentum`` to ``final_momentum``."""

@@ -1,13 +1,20 @@
-"""Signs of collapse in self-distillation: whether the network still tells images apart, and in how many directions.
+"""A run's health while it runs: whether the network still tells images apart, and in how many directions.
 
 A falling loss does not show it: a network that says the same of every image predicts itself perfectly.
 """
 
+import logging
 import math
+import time
+from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # Legend of tensor suffixes: B images, D features.
 MIN_INFORMATION_NATS = 0.01
@@ -69,3 +76,77 @@ def collapse(
             f"{embedding_rank:.2f}); raise koleo_weight or lower peak_lr"
         )
     return None
+
+
+class Monitor:
+    """Watches the features that an objective leaves behind: their rank, a nearest-neighbour probe, signs of collapse.
+
+    Nothing is computed for it but the figures themselves: it keeps the latest ``capacity`` features of training's own
+    forward passes. They come from augmented crops, so its figures show a trend, not what an evaluation would find.
+
+    Args:
+        objective: With ``features`` (B, D) after each forward pass; ``last_figures`` and ``prototypes`` where it
+            distils itself.
+        capacity: Features kept.
+        every_s: Least seconds between two computations.
+        num_neighbours: Of the probe.
+    """
+
+    def __init__(
+        self, objective: Any, *, capacity: int = 2048, every_s: float = 30.0, num_neighbours: int = 20
+    ) -> None:
+        self._objective, self._capacity, self._every_s = objective, capacity, every_s
+        self._num_neighbours, self._told_at_s = num_neighbours, time.monotonic()
+        self._kept: deque[tuple[Tensor, Tensor, Tensor]] = deque()
+
+    def observe(self, batch: Mapping[str, Tensor]) -> None:
+        """Takes the features of the batch that the objective has just seen, with its ``label`` and ``image_key``."""
+        features = self._objective.features
+        self._kept.append((features.float().cpu(), batch["label"].cpu(), batch["image_key"].cpu()))
+        while sum(len(labels) for _, labels, _ in self._kept) > self._capacity + len(features):
+            self._kept.popleft()
+
+    def figures(self) -> dict[str, float | str]:
+        """Returns what there is to tell; nothing before ``every_s`` has passed since the last time."""
+        figures: dict[str, float | str] = {
+            f"objective/{name}": float(value) for name, value in getattr(self._objective, "last_figures", {}).items()
+        }
+        if not self._kept or time.monotonic() - self._told_at_s < self._every_s:
+            return figures
+        self._told_at_s = time.monotonic()
+        features_BD, label, image_key = (torch.cat(each) for each in zip(*self._kept, strict=True))
+        figures["health/rank_me"] = rank = rank_me(features_BD)
+        if (probe := referable_probe(features_BD, label, image_key, num_neighbours=self._num_neighbours)) is not None:
+            figures["health/knn_referable_dr_auroc"] = probe
+        if last_figures := getattr(self._objective, "last_figures", None):
+            diagnosis = collapse(last_figures, num_prototypes=self._objective.prototypes, embedding_rank=rank)
+            if diagnosis:
+                log.warning("%s", diagnosis)
+                figures["health/collapse"] = diagnosis
+        return figures
+
+
+def referable_probe(features_BD: Tensor, label: Tensor, image_key: Tensor, *, num_neighbours: int = 20) -> float | None:
+    """Returns the AUROC of a nearest-neighbour probe for referable retinopathy (ICDR 2 and above), leaving one out.
+
+    Source: the weighted k-NN probe of DINO (arXiv:2104.14294, section 4.1), temperature 0.07; with 20 neighbours.
+
+    Args:
+        features_BD: Features.
+        label: ICDR grades (B,), -1 where unknown.
+        image_key: Which draws are of the same photograph (B,): none of them is a neighbour of another.
+
+    Returns:
+        None where fewer than 50 are labelled or one class is absent.
+    """
+    is_labelled = label >= 0
+    positive = (label[is_labelled] >= 2).double()
+    if len(positive) < 50 or positive.min() == positive.max():
+        return None
+    unit_BD = torch.nn.functional.normalize(features_BD[is_labelled].double() - features_BD.double().mean(0), dim=1)
+    keys = image_key[is_labelled]
+    similarity_BB = (unit_BD @ unit_BD.T).masked_fill(keys[:, None] == keys[None], -torch.inf)
+    nearest, place = similarity_BB.topk(min(num_neighbours, len(positive) - 1), dim=1)
+    weight = (nearest / 0.07).softmax(dim=1)
+    score = (weight * positive[place]).sum(1)
+    return float(roc_auc_score(positive, score))

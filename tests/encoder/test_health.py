@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gretfound.encoder.architecture import build_encoder
 from gretfound.encoder.dinov2 import SelfDistillation
-from gretfound.encoder.health import collapse, rank_me
+from gretfound.encoder.health import collapse, rank_me, referable_probe
 
 NUM_PROTOTYPES, BATCH_SIZE = 64, 16
 
@@ -50,7 +50,7 @@ def trained(*, lr: float, num_steps: int = 30, **changes: float) -> SelfDistilla
 
 
 def diagnosis(objective: SelfDistillation) -> str | None:
-    rank = rank_me(objective.last_embedding_BD)
+    rank = rank_me(objective.features)
     return collapse(objective.last_figures, num_prototypes=NUM_PROTOTYPES, embedding_rank=rank)
 
 
@@ -60,7 +60,7 @@ UNSTABLE = {"sinkhorn_iterations": 0, "momentum": 0.0, "final_momentum": 0.0, "k
 def test_collapse__a_healthy_run_is_not_accused() -> None:
     objective = trained(lr=1e-3)
     assert diagnosis(objective) is None
-    assert rank_me(objective.last_embedding_BD) > 4
+    assert rank_me(objective.features) > 4
 
 
 def test_collapse__sharp_targets_without_centring_end_in_one_prototype() -> None:
@@ -116,3 +116,18 @@ def test_rank_me__closed_forms() -> None:
 def test_rank_me__refuses_what_is_no_matrix_of_numbers(features: Tensor) -> None:
     with pytest.raises(ValueError, match="required finite ones"):
         rank_me(features)
+
+
+def test_referable_probe__knows_neighbours_and_never_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 5, (300,), generator=generator)
+    told_apart = torch.randn(300, 8, generator=generator)
+    told_apart[:, 0] += 6.0 * (label >= 2)
+    key = torch.arange(300)
+    assert (referable_probe(told_apart, label, key) or 0) > 0.95
+    noise = torch.randn(150, 8, generator=generator).repeat(2, 1)  # two draws of each photograph
+    twice = label[:150].repeat(2)
+    assert abs((referable_probe(noise, twice, key[:150].repeat(2)) or 0) - 0.5) < 0.12
+    assert (referable_probe(noise, twice, key) or 0) > 0.9, "that is what the keys are for"
+    assert referable_probe(noise, torch.full((300,), -1), key) is None
+    assert referable_probe(noise, torch.zeros(300), key) is None
