@@ -69,8 +69,8 @@ class Progress:
 class TrainingSummary:
     """What a finished run reports.
 
-    ``final_loss`` is the mean over the last twentieth of the steps. ``weights`` holds the objective's parameters whole
-    and in float32, by name, on the first worker; it is empty on the others.
+    ``final_loss`` is the mean over the last twentieth of the steps. ``weights`` holds the objective's parameters, whole
+    and in float32, and its buffers, by name, on the first worker; it is empty on the others.
     """
 
     images_seen: int
@@ -553,8 +553,13 @@ def _make_engine(
 
 
 def _whole_weights(engine: Any, objective: nn.Module) -> dict[str, Tensor]:
-    """Gathers every parameter in float32, sharded or not; every worker takes part, the first one keeps it."""
-    weights = {}
+    """Gathers every parameter in float32, sharded or not; every worker takes part, the first one keeps it.
+
+    Buffers that belong to the state come as they are.
+    """
+    parameter_names = {name for name, _ in objective.named_parameters()}
+    state = objective.state_dict() if _rank() == 0 else {}
+    weights = {name: value.detach().cpu().clone() for name, value in state.items() if name not in parameter_names}
     for name, parameter in objective.named_parameters():
         whole = None
         if not isinstance(engine, PlainEngine):
