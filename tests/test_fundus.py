@@ -170,14 +170,3 @@ def test_quality_score__falls_with_blur_and_darkness() -> None:
     dark = (image * 0.1).astype(np.uint8)
     good, *spoilt = (fundus.quality_score(each, circle) for each in (image, blurred, dark))
     assert all(0 <= score < good <= 1 for score in spoilt)
-
-
-def test_perceptual_hash__near_duplicates_are_near() -> None:
-    shaded = draw(400, 500, (240, 205, 180))
-    shaded = (shaded * np.linspace(0.4, 1.0, 500)[None, :, None]).astype(np.uint8)
-    again = fundus.decode_photograph(fundus.encode_jpeg(shaded, quality=60))
-    mirrored = np.ascontiguousarray(shaded[:, ::-1])
-    own = fundus.perceptual_hash(shaded)
-    assert 0 <= own < 2**64
-    assert (own ^ fundus.perceptual_hash(again)).bit_count() <= 6
-    assert (own ^ fundus.perceptual_hash(mirrored)).bit_count() >= 16
