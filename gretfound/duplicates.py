@@ -238,9 +238,10 @@ def read_signatures(hub_uri: str, parts: Sequence[Shard]) -> Signatures:
 
     def read(place: int) -> None:
         uri, rows = signatures_uri(hub_uri, parts[place]), slice(starts[place], starts[place + 1])
-        if not storage.exists(uri):
-            raise StorageError(f"{uri} does not exist; `python -m jobs.assemble_corpus` makes signatures")
-        table = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+        try:
+            table = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+        except StorageError as error:
+            raise StorageError(f"{error}; `python -m jobs.assemble_corpus` makes signatures") from error
         if table.schema.metadata != SIGNATURE_SCHEMA.metadata or len(table) != parts[place].num_images:
             raise LineageError(f"{uri} is of another version or of another shard; delete it and assemble again")
         signatures.image_keys[rows] = table["image_key"].to_numpy()

@@ -13,7 +13,7 @@ from gretfound.config import load
 from gretfound.corpus import Phase
 from gretfound.errors import ConfigError, LineageError
 from gretfound.lineage import Corpus, Shard, ShardSet, Site
-from jobs import assemble_corpus
+from jobs import assemble_corpus, pretrain_encoder
 from tests.conftest import ROOT
 from tests.hubs import assemble, draw_shard_set
 
@@ -166,7 +166,7 @@ def test_main__what_is_left_out_and_why(hub: tuple[str, Path, list[ShardSet]]) -
     corpus.check_uncontaminated(hub_uri, record)
     image_id = next(shard.read_rows(storage.join(hub_uri, real.shards[0].path), ["image_id"]))["image_id"]
     with pytest.raises(LineageError, match=rf"evaluation image {image_id} is in {real.shards[0].path} of {unaware.id}"):
-        corpus.check_uncontaminated(hub_uri, unaware)
+        pretrain_encoder.main([f"hub_uri={hub_uri}", f"corpus_id={unaware.id}"])
     evaluation = corpus.registered_evaluation(hub_uri)
     near = evaluation.filter([each != image_id for each in evaluation["image_id"].to_pylist()])
     with pytest.raises(LineageError, match="has a near-duplicate in"):
