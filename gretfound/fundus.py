@@ -314,12 +314,3 @@ def quality_score(image: Photograph, field_of_view: FieldOfView | None) -> float
     exposure = max(0.0, 1.0 - 2.0 * clipped_share)
     contrast = min(1.0, float(values.std()) / 20.0)
     return float((sharpness * exposure * contrast) ** (1 / 3))
-
-
-def perceptual_hash(image: Photograph) -> int:
-    """Returns a 64-bit difference hash of the field of view; near-duplicates differ in few bits."""
-    square = to_square(image, find_field_of_view(image), 72)
-    grey = Image.fromarray(square).convert("L").resize((9, 8), Image.Resampling.BOX)
-    levels = np.asarray(grey, dtype=np.int16)
-    bits = (levels[:, 1:] > levels[:, :-1]).ravel()
-    return int("".join("1" if bit else "0" for bit in bits), 2)

@@ -320,10 +320,12 @@ def main(argv: list[str]) -> str:
     """Runs the job; returns the encoder's id."""
     config = load(Config, argv)
     from gretfound import fit, lineage, storage, tracking
+    from gretfound.corpus import check_uncontaminated
     from gretfound.lineage import Corpus, Encoder
 
     hub_uri = storage.normalised(config.hub_uri)
     corpus = storage.read_record(hub_uri, config.corpus_id, Corpus)
+    check_uncontaminated(hub_uri, corpus)
     settings = {
         name: value for name, value in canonical(config).items() if name not in ("hub_uri", "cluster", "project")
     }
