@@ -69,8 +69,8 @@ class Progress:
 class TrainingSummary:
     """What a finished run reports.
 
-    ``final_loss`` is the mean over the last twentieth of the steps. ``weights`` holds the objective's parameters whole
-    and in float32, by name, on the first worker; it is empty on the others.
+    ``final_loss`` is the mean over the last twentieth of the steps. ``weights`` holds the objective's parameters, whole
+    and in float32, and its buffers, by name, on the first worker; it is empty on the others.
     """
 
     images_seen: int
@@ -283,7 +283,7 @@ class _Meter:
 
     def tell(self) -> dict[str, Any]:
         now_s = self._told_s = time.monotonic()
-        sums, counts = self._groups.cpu()
+        sums, counts = self._groups.cpu().clone()
         self._groups.zero_()
         rate = self._images / max(now_s - self._began_s, 1e-9)
         return {
@@ -524,7 +524,11 @@ def _make_engine(
         optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, fused=True)
         return PlainEngine(module, optimizer, clip_norm=clip_norm, accumulation=accumulation), rate_scales
     import deepspeed  # seconds to import, and of no use at a site
+    import deepspeed.ops
 
+    # DeepSpeed 0.19 compiles its own all-reduce for CPUs at the first start on a machine: a minute, and a compiler is
+    # needed; gloo does the same. To be removed when it can be switched off by configuration.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -549,8 +553,13 @@ def _make_engine(
 
 
 def _whole_weights(engine: Any, objective: nn.Module) -> dict[str, Tensor]:
-    """Gathers every parameter in float32, sharded or not; every worker takes part, the first one keeps it."""
-    weights = {}
+    """Gathers every parameter in float32, sharded or not; every worker takes part, the first one keeps it.
+
+    Buffers that belong to the state come as they are.
+    """
+    parameter_names = {name for name, _ in objective.named_parameters()}
+    state = objective.state_dict() if _rank() == 0 else {}
+    weights = {name: value.detach().cpu().clone() for name, value in state.items() if name not in parameter_names}
     for name, parameter in objective.named_parameters():
         whole = None
         if not isinstance(engine, PlainEngine):

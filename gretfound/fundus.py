@@ -89,11 +89,14 @@ def encoded_size(encoded: bytes) -> tuple[int, int]:
         raise UnreadablePhotograph("NOT_A_PHOTOGRAPH", "the bytes are neither JPEG nor PNG") from error
 
 
-def decode_reduced(encoded: bytes, reduction: float) -> Photograph:
+def decode_reduced(encoded: bytes, reduction: float) -> tuple[Photograph, int]:
     """Decodes a shard's photograph at the smallest size that is at least 1 / ``reduction`` of its own.
 
     A JPEG is reduced by 2, 4 or 8 while it is decoded, from its frequencies: a quarter of the pixels cost about half
     of the time. Shards hold photographs upright and in RGB; `decode_photograph` is for anything else.
+
+    Returns:
+        The pixels, and by how much they are reduced: 1, 2, 4 or 8. The last row and column may stand for less.
 
     Raises:
         UnreadablePhotograph: If the bytes cannot be decoded whole.
@@ -104,11 +107,12 @@ def decode_reduced(encoded: bytes, reduction: float) -> Photograph:
             if colour_space in ("YCbCr", "Gray"):
                 factor = next(factor for factor in (8, 4, 2, 1) if factor <= max(1.0, reduction))
                 smallest = (-(-height // factor), -(-width // factor))
-                return np.asarray(
-                    simplejpeg.decode_jpeg(encoded, "RGB", min_height=smallest[0], min_width=smallest[1], min_factor=1)
+                pixels = simplejpeg.decode_jpeg(
+                    encoded, "RGB", min_height=smallest[0], min_width=smallest[1], min_factor=1
                 )
+                return np.asarray(pixels), factor
         with Image.open(io.BytesIO(encoded), formats=["JPEG", "PNG"]) as opened:
-            return np.array(opened.convert("RGB"))
+            return np.array(opened.convert("RGB")), 1
     except (OSError, SyntaxError, ValueError) as error:
         raise UnreadablePhotograph("TRUNCATED", "the photograph is truncated or damaged") from error
 
@@ -310,12 +314,3 @@ def quality_score(image: Photograph, field_of_view: FieldOfView | None) -> float
     exposure = max(0.0, 1.0 - 2.0 * clipped_share)
     contrast = min(1.0, float(values.std()) / 20.0)
     return float((sharpness * exposure * contrast) ** (1 / 3))
-
-
-def perceptual_hash(image: Photograph) -> int:
-    """Returns a 64-bit difference hash of the field of view; near-duplicates differ in few bits."""
-    square = to_square(image, find_field_of_view(image), 72)
-    grey = Image.fromarray(square).convert("L").resize((9, 8), Image.Resampling.BOX)
-    levels = np.asarray(grey, dtype=np.int16)
-    bits = (levels[:, 1:] > levels[:, :-1]).ravel()
-    return int("".join("1" if bit else "0" for bit in bits), 2)

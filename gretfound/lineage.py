@@ -47,13 +47,20 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One Parquet file of a shard set; ``path`` is relative to the hub."""
+    """One Parquet file of a shard set; ``path`` is relative to the hub.
+
+    ``row_group_images`` is what its footer says of each row group, so that a corpus is planned from records alone.
+    """
 
     path: str
     sha256: str
     size_bytes: int
-    num_images: int
-    num_row_groups: int
+    row_group_images: tuple[int, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Images in all row groups."""
+        return sum(self.row_group_images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +134,7 @@ class ShardSet(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(Record):
-    """A manifest over shard sets: which images, how often. The manifest itself is ``files[0]``.
+    """A manifest over shard sets: which images, how often; beside it what was left out, and on whose account.
 
     ``phase_images`` holds the images of each phase of the curriculum; the last one lasts as long as the run.
     """
@@ -199,6 +206,17 @@ def from_json(content: dict[str, Any], expected: type[RecordT]) -> RecordT:
     return expected(**values)
 
 
+def shard_from_json(content: dict[str, Any]) -> Shard:
+    """Rebuilds one shard of a shard set.
+
+    Raises:
+        LineageError: If the content has other fields than this version writes.
+    """
+    if odd := sorted(set(content) ^ {field.name for field in fields(Shard)}):
+        raise LineageError(f"a shard has other fields than this version writes: {odd}; make its shard set again")
+    return Shard(**{**content, "row_group_images": tuple(content["row_group_images"])})
+
+
 def with_files(record: RecordT, files: tuple[File, ...]) -> RecordT:
     """Returns the record with the files of its artefact, and so with its final id."""
     return replace(record, files=files)
@@ -220,5 +238,5 @@ def _restored(name: str, value: Any) -> Any:
     if name == "files":
         return tuple(File(**file) for file in value)
     if name == "shards":
-        return tuple(Shard(**shard) for shard in value)
+        return tuple(shard_from_json(shard) for shard in value)
     return tuple(value) if isinstance(value, list) else value

@@ -127,8 +127,7 @@ def adopt_shard_file(hub_uri: str, path: Path) -> Shard:
         path=shard_path,
         sha256=sha256,
         size_bytes=path.stat().st_size,
-        num_images=footer.num_rows,
-        num_row_groups=footer.num_row_groups,
+        row_group_images=tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups)),
     )
 
 

@@ -22,7 +22,7 @@ from gretfound import fundus, lineage, metadata, shard, storage
 from gretfound.errors import LineageError
 from gretfound.generator.pipeline import load_pipeline
 from gretfound.generator.sampling import draw_photographs
-from gretfound.lineage import Contribution, Generator, Shard, ShardSet
+from gretfound.lineage import Contribution, Generator, ShardSet
 
 log = logging.getLogger(__name__)
 SUMMARY_NAME = "summary/metadata_summary.json"
@@ -249,7 +249,7 @@ def gather(parts: Sequence[Part], *, generator: Generator, recipe_id: str) -> Sh
         LineageError: If every photograph was rejected.
     """
     receipts = [storage.read_json(part.receipt_uri) for part in parts]
-    shards = tuple(Shard(**receipt["shard"]) for receipt in receipts if receipt["shard"])
+    shards = tuple(lineage.shard_from_json(receipt["shard"]) for receipt in receipts if receipt["shard"])
     rejected: Counter[str] = Counter()
     for receipt in receipts:
         rejected.update(receipt["rejected"])

@@ -2,8 +2,9 @@
 
 python -m jobs.evaluate_encoder hub_uri=runs/demo/hub encoder_id=encoder-... evaluation_uris='[runs/demo/sites/dune]'
 
-The baselines are the same architecture untrained, and raw pixels. An evaluation photograph that is in the encoder's
-corpus is an error. One that cannot be read is counted and listed by its row. Records one Report and prints its id.
+The baselines are the same architecture untrained, and raw pixels. An evaluation photograph of which the encoder's
+corpus holds a near-duplicate is an error; the others are registered, so that no later corpus holds them. One that
+cannot be read is counted and listed by its row. Records one Report and prints its id.
 """
 
 import itertools
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gretfound.config import canonical, load, setting, to_yaml
-from gretfound.errors import ConfigError, LineageError
+from gretfound.errors import ConfigError
 from jobs import console
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from gretfound.evaluation.protocol import Assessment, EvaluationSet, Outcome, Photographs
     from gretfound.evaluation.report import Reconstruction, Sample, SiteSamples
     from gretfound.lineage import Corpus, Encoder, ShardSet
@@ -73,11 +76,11 @@ class Embedder:
         import numpy as np
         import torch
 
-        from gretfound import fundus, storage
+        from gretfound import duplicates, fundus, storage
         from gretfound.encoder import folder
         from gretfound.evaluation.protocol import RAW_PIXELS_SIZE_PX
 
-        images, reasons, image_ids = [], [], []
+        images, reasons, image_ids, hashes = [], [], [], []
         for uri in batch["uri"].tolist():
             image, reason = np.zeros((1, 1, 3), np.uint8), "" if uri else "MISSING: the file is not in traindata/"
             try:
@@ -87,6 +90,7 @@ class Embedder:
             images.append(image)
             reasons.append(reason)
             image_ids.append("" if reason else fundus.pixel_digest(image))
+            hashes.append(duplicates.hash_photograph(image, fundus.find_field_of_view(image)).view(np.uint8))
         squares = [self._transform.square(image) for image in images]
         tensor_BCHW = self._transform.normalise(torch.from_numpy(np.stack(squares).transpose(0, 3, 1, 2).copy()))
         features = {
@@ -94,7 +98,13 @@ class Embedder:
         }
         pixels = [fundus.to_square(square, None, RAW_PIXELS_SIZE_PX).reshape(-1) for square in squares]
         features["raw_pixels"] = np.stack(pixels).astype(np.float32) / np.float32(255.0)
-        return {"place": batch["place"], "reason": np.array(reasons), "image_id": np.array(image_ids), **features}
+        return {
+            "place": batch["place"],
+            "reason": np.array(reasons),
+            "image_id": np.array(image_ids),
+            "hash": np.stack(hashes),
+            **features,
+        }
 
 
 def main(argv: list[str]) -> str:
@@ -116,14 +126,16 @@ def main(argv: list[str]) -> str:
     storage.write_bytes(storage.join(storage.run_uri(hub_uri, recipe), "config.yaml"), to_yaml(config).encode())
 
     console.start_ray()
-    measured, faults = _embedded(config, hub_uri, encoder, sets)
+    measured, faults, signed = _embedded(config, hub_uri, encoder, sets)
     tested = [measured[each.name] for each in sets[: len(config.evaluation_uris)]]
     fitted = protocol.without(measured[sets[-1].name], tested) if config.fitted_on_uri else None
     measured |= {fitted.name: fitted} if fitted else {}
     corpora = list(_corpora_of(hub_uri, encoder))
     for photographs in tested:
-        held = {found for each in corpora for found in corpus.contained_image_ids(hub_uri, each, photographs.image_ids)}
-        _refuse(photographs, held, encoder)
+        for each in corpora:
+            corpus.require_absent(hub_uri, each, signed[photographs.name])
+    for photographs in tested:
+        corpus.register_evaluation(hub_uri, photographs.name, signed[photographs.name])
     planned, skipped = _planned(config, tested, fitted)
     outcomes = _assessed(config, planned, measured)
     content = protocol.summarise(
@@ -180,9 +192,12 @@ _SETTINGS_OF_RESULT = ("num_folds", "num_bootstraps", "min_patients_per_class", 
 
 def _embedded(
     config: Config, hub_uri: str, encoder: "Encoder", sets: Sequence["EvaluationSet"]
-) -> tuple[dict[str, "Photographs"], dict[str, list[dict[str, Any]]]]:
+) -> tuple[dict[str, "Photographs"], dict[str, list[dict[str, Any]]], dict[str, "pa.Table"]]:
+    import numpy as np
+    import pyarrow as pa
     import ray.data
 
+    from gretfound import duplicates
     from gretfound.evaluation import protocol
 
     rows = [(each.name, row) for each in sets for row in each.rows]
@@ -198,7 +213,21 @@ def _embedded(
         num_cpus=1,
         num_gpus=1 if config.device == "cuda" else 0,
     )
-    return protocol.collect(rows, embedded.iter_batches(batch_size=None))
+    batches = list(embedded.iter_batches(batch_size=None))
+    measured, faults = protocol.collect(rows, batches)
+    hash_of = {
+        image_id: words.astype(np.uint8).tobytes()
+        for batch in batches
+        for image_id, words in zip(batch["image_id"].tolist(), batch["hash"], strict=True)
+    }
+    signed = {
+        name: pa.table(
+            {"image_id": list(each.image_ids), "hash": [hash_of[image_id] for image_id in each.image_ids]},
+            schema=duplicates.EVALUATION_SCHEMA,
+        )
+        for name, each in measured.items()
+    }
+    return measured, faults, signed
 
 
 def _corpora_of(hub_uri: str, encoder: "Encoder") -> Iterator["Corpus"]:
@@ -208,20 +237,6 @@ def _corpora_of(hub_uri: str, encoder: "Encoder") -> Iterator["Corpus"]:
     for parent_id in encoder.parents:
         if lineage.kind_of(parent_id) is Corpus:
             yield storage.read_record(hub_uri, parent_id, Corpus)
-
-
-def _refuse(photographs: "Photographs", held: set[str], encoder: "Encoder") -> None:
-    numbers = [
-        str(number)
-        for number, image_id in zip(photographs.row_numbers, photographs.image_ids, strict=True)
-        if image_id in held
-    ]
-    if numbers:
-        shown = ", ".join(numbers[:10]) + (" and more" if len(numbers) > 10 else "")
-        raise LineageError(
-            f"evaluation_uris: {len(numbers)} photograph(s) of {photographs.name!r} (lines {shown} of metadata.csv) "
-            f"are in the corpus of {encoder.id}; pretrain on a corpus assembled with this folder in evaluation_uris"
-        )
 
 
 def _planned(

@@ -15,6 +15,7 @@ from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
 from jobs import console
 
+ENCODER_ID_PREFIX = "encoder-"
 OBJECTIVE_NAMES = {"mae": "mae.safetensors", "dinov2": "dinov2.safetensors"}
 
 
@@ -131,6 +132,11 @@ class Config:
         """The images of the whole run, rounded up to whole steps."""
         return -(-self.fit.num_images // self.fit.batch_size) * self.fit.batch_size
 
+    @property
+    def starts_from_encoder(self) -> bool:
+        """Whether the initial weights are an encoder of the hub, and so a parent."""
+        return self.initial_weights_uri.startswith(ENCODER_ID_PREFIX)
+
     def __post_init__(self) -> None:
         """Checks what spans keys."""
         for num_workers in range(self.cluster.min_workers or self.cluster.num_workers, self.cluster.num_workers + 1):
@@ -182,7 +188,7 @@ def fetch_initial_weights(hub_uri: str, uri: str, folder: Path) -> Path | None:
 
     if not uri:
         return None
-    if uri.startswith("encoder-"):
+    if uri.startswith(ENCODER_ID_PREFIX):
         return storage.fetch_folder(hub_uri, storage.read_record(hub_uri, uri, Encoder), folder)
     if path := storage.local_path(uri):
         return path
@@ -314,14 +320,17 @@ def main(argv: list[str]) -> str:
     """Runs the job; returns the encoder's id."""
     config = load(Config, argv)
     from gretfound import fit, lineage, storage, tracking
+    from gretfound.corpus import check_uncontaminated
     from gretfound.lineage import Corpus, Encoder
 
     hub_uri = storage.normalised(config.hub_uri)
     corpus = storage.read_record(hub_uri, config.corpus_id, Corpus)
+    check_uncontaminated(hub_uri, corpus)
     settings = {
         name: value for name, value in canonical(config).items() if name not in ("hub_uri", "cluster", "project")
     }
-    recipe = lineage.recipe_id("pretrain_encoder", settings, [corpus.id])
+    parents = (corpus.id, *([config.initial_weights_uri] if config.starts_from_encoder else []))
+    recipe = lineage.recipe_id("pretrain_encoder", settings, list(parents))
     if finished := storage.finished_record(hub_uri, recipe, Encoder):
         return finished.id
     run_uri = storage.run_uri(hub_uri, recipe)
@@ -340,7 +349,7 @@ def main(argv: list[str]) -> str:
         for uri in storage.list_uris(storage.join(run_uri, "encoder")):
             storage.download_file(uri, Path(folder) / uri.rpartition("/")[2])
         record = Encoder(
-            parents=(corpus.id,),
+            parents=parents,
             recipe_id=recipe,
             architecture=config.encoder.architecture,
             objective=config.objective,

@@ -1,8 +1,6 @@
 """Small real hubs for tests: drawn photographs as shard sets and a corpus."""
 
-from pathlib import Path
-
-from gretfound import fundus, lineage, metadata, phantom, shard, storage
+from gretfound import corpus, duplicates, fundus, lineage, metadata, phantom, shard, storage
 from gretfound.lineage import Corpus, ShardSet
 
 
@@ -35,12 +33,19 @@ def draw_shard_set(
 
 def assemble(hub_uri: str, *shard_sets: ShardSet) -> Corpus:
     """Makes a corpus of shard sets, every image drawn once an epoch."""
-    from gretfound import corpus
-
-    manifest = corpus.plan(hub_uri, shard_sets)
-    with storage.scratch_folder() as folder:
-        (Path(folder) / "manifest.parquet").write_bytes(corpus.encode_manifest(manifest))
-        parents = tuple(sorted(each.id for each in shard_sets))
-        recipe = lineage.recipe_id("assemble_corpus", {}, list(parents))
-        record = Corpus(parents=parents, recipe_id=recipe, **corpus.count(manifest))
-        return storage.publish_folder(hub_uri, Path(folder), record)
+    layout = corpus.lay_out(shard_sets)
+    for part in layout.parts:
+        duplicates.sign_shard(hub_uri, part)
+    manifest = corpus.plan(layout)
+    parents = tuple(sorted(each.id for each in shard_sets))
+    return corpus.publish(
+        hub_uri,
+        Corpus(
+            parents=parents,
+            recipe_id=lineage.recipe_id("assemble_corpus", {}, list(parents)),
+            **corpus.count(layout, manifest),
+        ),
+        manifest=manifest,
+        exclusions=corpus.EXCLUSIONS_SCHEMA.empty_table(),
+        evaluation=duplicates.EVALUATION_SCHEMA.empty_table(),
+    )

@@ -172,28 +172,19 @@ def test_quality_score__falls_with_blur_and_darkness() -> None:
     assert all(0 <= score < good <= 1 for score in spoilt)
 
 
-def test_perceptual_hash__near_duplicates_are_near() -> None:
-    shaded = draw(400, 500, (240, 205, 180))
-    shaded = (shaded * np.linspace(0.4, 1.0, 500)[None, :, None]).astype(np.uint8)
-    again = fundus.decode_photograph(fundus.encode_jpeg(shaded, quality=60))
-    mirrored = np.ascontiguousarray(shaded[:, ::-1])
-    own = fundus.perceptual_hash(shaded)
-    assert 0 <= own < 2**64
-    assert (own ^ fundus.perceptual_hash(again)).bit_count() <= 6
-    assert (own ^ fundus.perceptual_hash(mirrored)).bit_count() >= 16
-
-
 @pytest.mark.parametrize(
     ("reduction", "factor"), [(0.4, 1), (1.0, 1), (1.99, 1), (2.0, 2), (3.9, 2), (4.0, 4), (50.0, 8)]
 )
 def test_decode_reduced__is_as_small_as_asked_and_no_smaller(reduction: float, factor: int) -> None:
     image = phantom.draw_eye(phantom.SITES["aster"], seed=1, size_px=250, eye="left").image[:, :201]
     encoded = fundus.encode_jpeg(image)
-    found = fundus.decode_reduced(encoded, reduction)
-    assert found.shape == (-(-250 // factor), -(-201 // factor), 3)
+    found, found_factor = fundus.decode_reduced(encoded, reduction)
+    assert found_factor == factor and found.shape == (-(-250 // factor), -(-201 // factor), 3)
     assert fundus.encoded_size(encoded) == (250, 201)
-    whole = np.asarray(Image.fromarray(image).resize((found.shape[1], found.shape[0]), Image.Resampling.BOX))
-    assert np.abs(found.astype(float) - whole).mean() < 3
+    rows, columns = 250 // factor, 201 // factor
+    whole = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))[: rows * factor, : columns * factor]
+    blocks = whole.reshape(rows, factor, columns, factor, 3).mean(axis=(1, 3))
+    assert np.abs(found[:rows, :columns] - blocks).mean() < 1
 
 
 def test_decode_reduced__grey_and_four_colour_jpegs() -> None:
@@ -201,5 +192,5 @@ def test_decode_reduced__grey_and_four_colour_jpegs() -> None:
     for mode in ("L", "CMYK"):
         stream = io.BytesIO()
         Image.fromarray(grey).convert("RGB").convert(mode).save(stream, "JPEG", quality=95)
-        found = fundus.decode_reduced(stream.getvalue(), 2.0)
+        found, _ = fundus.decode_reduced(stream.getvalue(), 2.0)
         assert found.shape[2] == 3 and np.abs(found.mean(axis=2)[0] - grey[0, :: 256 // found.shape[1]]).mean() < 6

@@ -26,6 +26,7 @@ ROWS = [
         "gretfound.tracking",
     },
     {"gretfound.corpus", "gretfound.evaluation", "gretfound.generator"},
+    {"gretfound.duplicates"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder"},
     {"gretfound.storage"},
     {"gretfound.deidentify", "gretfound.phantom"},

@@ -15,7 +15,7 @@ RECORD = ShardSet(
     site_id="aster",
     origin="real",
     num_images=3,
-    shards=(Shard(path="shards/parts/a.parquet", sha256="a", size_bytes=1, num_images=3, num_row_groups=1),),
+    shards=(Shard(path="shards/parts/a.parquet", sha256="a", size_bytes=1, row_group_images=(3,)),),
     rejected={"TRUNCATED": 1},
     files=(File(path="x/y", sha256="b", size_bytes=2),),
 )

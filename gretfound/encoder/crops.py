@@ -66,13 +66,12 @@ def draw_views(
             x0, y0, x1, y1 = draw_crop(right - left, bottom - top, scale=view.scale, ratio=ASPECT_RATIO, rng=rng)
             drawn.append((name, (x0 + left, y0 + top, x1 + left, y1 + top), rng.random() < 0.5))
     smallest = min(min(x1 - x0, y1 - y0) / views[name].size_px for name, (x0, y0, x1, y1), _ in drawn)
-    photograph = fundus.decode_reduced(encoded, smallest)
+    photograph, factor = fundus.decode_reduced(encoded, smallest)
     pixels_CHW = torch.from_numpy(photograph).permute(2, 0, 1)
-    y_scale, x_scale = photograph.shape[0] / height, photograph.shape[1] / width
     crops: dict[str, list[Tensor]] = {name: [] for name in views}
     for name, (x0, y0, x1, y1), is_flipped in drawn:
-        columns = _whole(x0 * x_scale, x1 * x_scale, photograph.shape[1])
-        rows = _whole(y0 * y_scale, y1 * y_scale, photograph.shape[0])
+        columns = _whole(x0 / factor, x1 / factor, photograph.shape[1])
+        rows = _whole(y0 / factor, y1 / factor, photograph.shape[0])
         crop = F.interpolate(
             pixels_CHW[None, :, rows, columns], size=(views[name].size_px,) * 2, mode="bicubic", antialias=True
         )[0]

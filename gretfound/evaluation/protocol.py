@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from sklearn.model_selection import StratifiedGroupKFold
 
-from gretfound import fundus, metadata, storage
+from gretfound import duplicates, fundus, metadata, storage
 from gretfound.errors import StorageError
 from gretfound.evaluation import metrics, probe
 from gretfound.evaluation.metrics import Interval
@@ -221,21 +222,17 @@ def read_evaluation_set(uri: str) -> EvaluationSet:
     )
 
 
-def image_ids_of(uris: Sequence[str]) -> set[str]:
-    """Returns the ids of every readable photograph of some labelled site folders, for a corpus to exclude."""
-    found: set[str] = set()
-    for uri in uris:
-        rows = [row for row in read_evaluation_set(uri).rows if row.uri]
-        with ThreadPoolExecutor(DECODING_THREADS) as threads:
-            image_ids = list(threads.map(_image_id, rows))
-        num_unreadable = image_ids.count(None)
-        if num_unreadable:
-            log.warning(
-                "%d photograph(s) of an evaluation set could not be read, so no corpus is kept from them",
-                num_unreadable,
-            )
-        found.update(image_id for image_id in image_ids if image_id is not None)
-    return found
+def sign(evaluation_set: EvaluationSet) -> pa.Table:
+    """Returns ids and hashes of a set's readable photographs (`duplicates.EVALUATION_SCHEMA`), to keep corpora from."""
+    rows = [row for row in evaluation_set.rows if row.uri]
+    with ThreadPoolExecutor(DECODING_THREADS) as threads:
+        signed = [each for each in threads.map(_signed, rows) if each is not None]
+    if len(signed) < len(rows):
+        log.warning(
+            "%d photograph(s) of an evaluation set could not be read, so no corpus is kept from them",
+            len(rows) - len(signed),
+        )
+    return pa.Table.from_pylist(signed, duplicates.EVALUATION_SCHEMA)
 
 
 def collect(
@@ -340,11 +337,13 @@ def describe_protocol(
     }
 
 
-def _image_id(row: EvaluationRow) -> str | None:
+def _signed(row: EvaluationRow) -> dict[str, Any] | None:
     try:
-        return fundus.pixel_digest(fundus.decode_photograph(storage.read_bytes(row.uri)))
+        image = fundus.decode_photograph(storage.read_bytes(row.uri))
     except fundus.UnreadablePhotograph:
         return None
+    words = duplicates.hash_photograph(image, fundus.find_field_of_view(image))
+    return {"image_id": fundus.pixel_digest(image), "hash": words.astype("<u8").tobytes()}
 
 
 def plan(

@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets, transforms
 
-from gretfound import corpus, fit, ingest, phantom, shard, storage
+from gretfound import corpus, duplicates, fit, ingest, phantom, shard, storage
 from gretfound.encoder import crops
 from gretfound.encoder.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
 from gretfound.fundus import FieldOfView
@@ -189,10 +189,13 @@ def our_rate(hub_uri: str, record: Corpus, answer: Path, *, num_images: int = NU
 def memory(hub_uri: str, record: Corpus, *, times: int, folder: Path) -> float:
     """Returns the peak memory of all of this benchmark's processes, in MiB, over so many times the corpus's images."""
     manifest = pa.concat_tables([corpus.read_manifest(hub_uri, record)] * times)
-    place = folder / f"corpus{times}"
-    place.mkdir()
-    (place / "manifest.parquet").write_bytes(corpus.encode_manifest(manifest))
-    repeated = storage.publish_folder(hub_uri, place, replace(record, files=(), num_images=record.num_images * times))
+    repeated = corpus.publish(
+        hub_uri,
+        replace(record, files=(), num_images=record.num_images * times),
+        manifest=manifest,
+        exclusions=corpus.EXCLUSIONS_SCHEMA.empty_table(),
+        evaluation=duplicates.EVALUATION_SCHEMA.empty_table(),
+    )
     stopped, peak = threading.Event(), [0.0]
 
     def watch() -> None:

@@ -12,7 +12,7 @@ from gretfound import fundus, phantom
 from gretfound.encoder.crops import ASPECT_RATIO, View, blank_views, draw_crop, draw_views
 from gretfound.fundus import FieldOfView
 
-SIDE_PX = 512
+SIDE_PX = 509  # no multiple of 8: a reduced row or column stands for part of a block
 FIELD_OF_VIEW = FieldOfView(x_px=SIDE_PX / 2, y_px=SIDE_PX / 2, radius_px=SIDE_PX / 2)
 
 
@@ -27,7 +27,9 @@ def encoded(photograph: np.ndarray, format_name: str) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(("size_px", "format_name"), [(224, "JPEG"), (64, "JPEG"), (32, "JPEG"), (96, "PNG")])
+@pytest.mark.parametrize(
+    ("size_px", "format_name"), [(224, "JPEG"), (64, "JPEG"), (32, "JPEG"), (96, "PNG")]
+)  # at several reductions
 def test_draw_views__is_the_crop_that_torchvision_would_resize(
     photograph: np.ndarray, size_px: int, format_name: str
 ) -> None:
@@ -49,7 +51,7 @@ def test_draw_views__is_the_crop_that_torchvision_would_resize(
         expected = expected.flip(-1) if rng.random() < 0.5 else expected
         error = np.abs(found.astype(float) - expected.numpy())
         assert error.mean() < (2.0 if format_name == "JPEG" else 0.1), seed
-        assert abs(found.mean() - expected.float().mean()) < 0.5 and abs(found.std() - expected.float().std()) < 0.7
+        assert abs(found.mean() - expected.float().mean()) < 1 and abs(found.std() - expected.float().std()) < 1
 
 
 def test_draw_views__many_crops_of_one_decode(photograph: np.ndarray) -> None:
@@ -73,7 +75,7 @@ def test_draw_views__many_crops_of_one_decode(photograph: np.ndarray) -> None:
         assert len({crop[place].tobytes() for place in range(len(crop))}) == len(crop), "each crop is drawn anew"
     plain = {name: View(size_px=view.size_px, scale=view.scale, number=view.number) for name, view in views.items()}
     grey = draw_views(content, field_of_view=FIELD_OF_VIEW, views=plain, rng=np.random.default_rng(0))
-    assert not np.array_equal(grey["global_crop"][0], crops["global_crop"][0]), "colours change with the strength"
+    assert not np.array_equal(grey["global_crop"], crops["global_crop"]), "colours change with the strength"
 
 
 def test_draw_views__nothing_outside_the_field_of_view(photograph: np.ndarray) -> None:

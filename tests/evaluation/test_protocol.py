@@ -257,9 +257,10 @@ def test_read_evaluation_set__unusable_table_is_an_error(tmp_path, content, mess
         protocol.read_evaluation_set(str(tmp_path))
 
 
-def test_image_ids_of__digests_of_the_readable(tmp_path):
+def test_sign__ids_of_the_readable(tmp_path):
     images = write_folder(tmp_path / "dune")
-    assert protocol.image_ids_of([str(tmp_path / "dune")]) == {fundus.pixel_digest(image) for image in images}
+    signed = protocol.sign(protocol.read_evaluation_set(str(tmp_path / "dune")))
+    assert set(signed["image_id"].to_pylist()) == {fundus.pixel_digest(image) for image in images}
 
 
 def test_collect__order_of_the_workers_does_not_matter():

@@ -5,12 +5,13 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import save_file
 
-from gretfound import config, corpus, fundus, metadata, phantom, shard, storage
+from gretfound import config, fundus, metadata, phantom, shard, storage
 from gretfound.encoder import folder, mae
 from gretfound.encoder.transform import Transform
 from gretfound.errors import ConfigError, LineageError
 from gretfound.lineage import Corpus, Encoder, Report, ShardSet
 from jobs import evaluate_encoder, pretrain_encoder
+from tests.hubs import assemble
 
 SIZE_PX = 48
 
@@ -37,11 +38,7 @@ def hub(tmp_path_factory):
         )
         storage.write_record(hub_uri, record)
         shard_sets.append(record)
-    manifest = corpus.plan(hub_uri, shard_sets)
-    (root / "corpus").mkdir()
-    (root / "corpus" / "manifest.parquet").write_bytes(corpus.encode_manifest(manifest))
-    parents = tuple(record.id for record in shard_sets)
-    corpus_record = storage.publish_folder(hub_uri, root / "corpus", Corpus(parents=parents, **corpus.count(manifest)))
+    corpus_record = assemble(hub_uri, *shard_sets)
     settings = ["encoder.architecture=vit_tiny_patch16_224", f"encoder.image_size_px={SIZE_PX}", "encoder.depth=2"]
     settings += ["encoder.embed_dim=48", "mae.decoder_width=32", "mae.decoder_depth=1", "mae.decoder_num_heads=2"]
     pretraining = config.load(
@@ -138,10 +135,10 @@ def test_main__photograph_of_the_corpus_is_refused(hub, ray_cluster, tmp_path):
     held = next(shard.read_rows(storage.join(hub_uri, shard_set.shards[0].path)))
     table = metadata.read_metadata(path / "metadata.csv")
     (path / "traindata" / table.rows[2].image).write_bytes(held["image"])
-    with pytest.raises(
-        LineageError, match=r"1 photograph\(s\) of 'leaky' \(lines 4 of metadata.csv\) are in the corpus"
-    ):
+    with pytest.raises(LineageError, match=rf"evaluation image {held['image_id']} is in shards/parts/.* of corpus-"):
         evaluate_encoder.main(arguments(hub, f"evaluation_uris=[{path}]"))
+    names = storage.list_names(storage.join(hub_uri, "evaluation"))
+    assert not any(name.startswith("leaky") for name in names), "what was refused is no evaluation set"
 
 
 @pytest.mark.parametrize(

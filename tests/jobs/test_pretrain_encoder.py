@@ -77,3 +77,30 @@ def test_main__killed_and_run_again_equals_undisturbed(tmp_path: Path) -> None:
         torch.testing.assert_close(killed[name], weight, rtol=1e-4, atol=1e-5, msg=name)
     encoder = timm.create_model(f"local-dir:{encoders[hubs[0]]}", pretrained=True, num_classes=0)
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 48)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_main__self_distillation_starts_from_an_encoder_and_releases_the_teacher(tmp_path: Path) -> None:
+    hub_uri = storage.normalised(str(tmp_path / "hub"))
+    corpus_id = assemble(hub_uri, draw_shard_set(hub_uri, "aster", num_images=40)).id
+    argv = [f"hub_uri={hub_uri}", f"corpus_id={corpus_id}", *SETTINGS, "fit.num_images=64"]
+    first_id = pretrain_encoder.main(argv)
+    distilled = ["objective=dinov2", f"initial_weights_uri={first_id}", "fit.base_lr=1e-4", "crops.colour=1"]
+    distilled += ["crops.num_local=2", "crops.local_size_px=16", "dinov2.prototypes=32", "dinov2.hidden=32"]
+    distilled += ["dinov2.bottleneck=16", "dinov2.frozen_images=8", "dinov2.teacher_temperature_warmup_images=16"]
+    record = storage.read_record(hub_uri, pretrain_encoder.main([*argv, *distilled]), Encoder)
+    assert record.objective == "dinov2" and record.parents == (corpus_id, first_id)
+    folder = storage.fetch_folder(hub_uri, record, tmp_path / "dinov2")
+    before = storage.fetch_folder(hub_uri, storage.read_record(hub_uri, first_id, Encoder), tmp_path / "mae")
+    released, started = (load_file(each / "model.safetensors") for each in (folder, before))
+    state = load_file(folder / "dinov2.safetensors")
+    for name, weight in released.items():
+        assert torch.equal(weight, state[f"teacher.encoder.{name}"])
+        assert float((weight - started[name]).abs().max()) < 0.02, "the teacher has moved a little from where it began"
+    assert any(not torch.equal(weight, started[name]) for name, weight in released.items())
+    figures = tracking.read_metrics(storage.run_uri(hub_uri, record.recipe_id))[-1]
+    assert {"gradient_norm", "flops_per_s", "loss/aster/real", "objective/teacher_entropy"} - figures.keys() == {
+        "loss/aster/real"
+    }, "self-distillation tells no loss of its own for each image"
+    encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 48)
