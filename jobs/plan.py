@@ -25,7 +25,10 @@ from jobs.pretrain_encoder import CropConfig, DINOv2Config, EncoderConfig, FitCo
 
 UNITS = {"GPUs": "GPUs", "training CPUs": "training CPUs", "CPUs": "CPUs", "bucket": "Gbit/s to the bucket",
          "GPU network": "Gbit/s between GPUs"}  # fmt: skip
-BENCHED_ENCODER = {"architecture": "vit_base_patch16_224", "image_size_px": 224}  # that of `tests.bench pretrain`
+BENCHED_ENCODER: dict[str, Any] = {
+    "architecture": "vit_base_patch16_224",
+    "image_size_px": 224,
+}  # that of `tests.bench pretrain`
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,11 @@ class RatesConfig:
     generator_gpu_share: float = setting(0.3, "the same for fine-tuning and sampling generators")
     cpu_gflops: float = setting(0.0, "what a training CPU reaches, GFLOP/s")
     mae_images_per_cpu_s: float = setting(150.0, "photographs a CPU second decoded and cropped for mae")
-    dinov2_images_per_cpu_s: float = setting(30.0, "photographs a CPU second decoded and cropped for dinov2")
+    dinov2_images_per_cpu_s: float = setting(25.0, "photographs a CPU second decoded and cropped for dinov2")
     intake_images_per_cpu_s: float = setting(10.0, "photographs a CPU second verified and made anew")
-    drawn_images_per_cpu_s: float = setting(100.0, "drawn photographs a CPU second screened and encoded")
-    signed_images_per_cpu_s: float = setting(50.0, "photographs a CPU second hashed for the corpus")
-    search_s_per_million: float = setting(60.0, "seconds a million images of one process planning the corpus")
+    drawn_images_per_cpu_s: float = setting(35.0, "drawn photographs a CPU second screened and encoded")
+    signed_images_per_cpu_s: float = setting(300.0, "photographs a CPU second hashed for the corpus")
+    search_s_per_million: float = setting(25.0, "seconds a million images of one process that plans the corpus")
     probe_s: float = setting(3600.0, "seconds of probes, intervals and the report page")
     start_up_s: float = setting(300.0, "seconds from a job's command to its first image, nodes included")
 
@@ -177,7 +180,7 @@ def training_of(recipe: "Config | PretrainConfig") -> Training:
     from gretfound.encoder.architecture import measure_encoder
 
     encoder = measure_encoder(**asdict(recipe.encoder))
-    shared = {
+    shared: dict[str, Any] = {
         "image_size_px": recipe.encoder.image_size_px,
         "recomputes_activations": recipe.fit.recomputes_activations,
     }
@@ -320,36 +323,30 @@ def table(prediction: Prediction) -> str:
 
 
 def sentences(prediction: Prediction, advice: list[Advice], cluster: capacity.Cluster) -> list[str]:
-    """Says what to add, for each stage that takes a tenth of the time or more, the longest first."""
+    """Says what to add, for each stage that takes a fiftieth of the time or more, the longest first."""
     told = []
     pairs = zip(prediction.stages, advice, strict=True)
     for stage, each in sorted(pairs, key=lambda pair: -pair[0].total_s):
-        if stage.total_s < prediction.total_s / 10:
+        if stage.total_s < prediction.total_s / 50:
             continue
         start = f"{stage.name}: {_hours(stage.total_s)} h, limited by {each.resource}"
         if each.resource == "start and end":
             told.append(f"{start}, which no resource shortens")
             continue
+        if each.doubled_s < stage.total_s:
+            start += f". With twice as many {UNITS[each.resource]}: {_hours(each.doubled_s)} h"
         if not each.amount:
-            told.append(f"{start}; more of that does not move the limit")
+            told.append(f"{start}; no number of them moves the limit")
             continue
         unit = UNITS[each.resource] + (f" (with {cluster.cpus_per_gpu:g} CPUs each)" if each.resource == "GPUs" else "")
-        limit = (
-            "only start and end are"
-            if each.next_bottleneck == "start and end"
-            else f"{each.next_bottleneck} {_is(each)}"
-        )
-        held = capacity.held_of(cluster, each.resource)
-        if each.amount > held:
-            start += f". With twice as many {UNITS[each.resource]}: {_hours(each.doubled_s)} h"
+        limit = f"{each.next_bottleneck} {'are' if each.next_bottleneck.endswith('s') else 'is'}"
+        if each.next_bottleneck == "start and end":
+            limit = "only start and end are"
+        larger = ", or take larger steps (fit.batch_size: another recipe)" if each.resource == "GPU network" else ""
         told.append(
-            f"{start}. Add {each.amount:,} {unit}: then {limit} the limit and it takes {_hours(each.total_s)} h"
+            f"{start}. Add {each.amount:,} {unit}: then {limit} the limit and it takes {_hours(each.total_s)} h{larger}"
         )
     return told
-
-
-def _is(advice: Advice) -> str:
-    return "are" if advice.next_bottleneck.endswith("s") else "is"
 
 
 def _hours(seconds: float) -> str:

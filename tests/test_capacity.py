@@ -66,7 +66,7 @@ def counted_flops(objective: torch.nn.Module, **batch: torch.Tensor) -> float:
     ("sizes", "mae"),
     [
         ({"image_size_px": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}, {}),
-        ({"image_size_px": 96, "patch_size": 16, "embed_dim": 192, "depth": 2, "num_heads": 3}, {"mask_ratio": 0.5}),
+        ({"image_size_px": 96, "patch_size": 16, "embed_dim": 192, "depth": 6, "num_heads": 3}, {"mask_ratio": 0.5}),
         ({"image_size_px": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}, {"predicted_share": 0.4}),
     ],
 )

@@ -4,7 +4,8 @@ The calibration is one run of `jobs.pretrain_encoder` with the demo's recipe: it
 start and end. With these `jobs.plan` predicts the same job with a larger image and with a wider encoder, and the same
 recipe again on twice the images; then all three run. Each is a process of its own with a Ray of its own, one CPU
 training and one decoding, as conf/scale/laptop.yaml says. The load of the machine is written down: two cores that are
-shared make seconds differ from run to run, and the repeated recipe shows by how much.
+shared make seconds differ from run to run, and the repeated recipe shows by how much. What one process does of a
+CPU's other work in the chain is measured beside it.
 """
 
 import os
@@ -17,13 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gretfound import storage, tracking
+from gretfound import fundus, phantom, storage, synthesis, tracking
 from gretfound.capacity import StagePrediction
 from gretfound.config import load
 from gretfound.encoder import crops
 from gretfound.lineage import ShardSet
 from gretfound.shard import open_shard
-from jobs import plan
+from jobs import plan, pretrain_encoder
 from tests.bench.outcome import Ratio, Row, write
 from tests.hubs import assemble, draw_shard_set
 
@@ -68,7 +69,9 @@ def main() -> None:
             measured[name] = run_job(hub_uri, corpus_id, scale)
             loads.append(os.getloadavg()[0])
         cpu_gflops = plan.rates_of(load(plan.Config, settings(CALIBRATION, rates)))[0].cpu_gflops
+        one_cpu = cpu_rates()
     rows = [
+        *(Row(f"rates.{name}", rate, "images/s") for name, rate in one_cpu.items()),
         Row("calibration: images a second", calibration.images_per_s, "images/s"),
         Row("calibration: share of its time waiting for data", calibration.data_wait_share, "1"),
         Row("calibration: start and end", calibration.wall_s - num_images / calibration.images_per_s, "s"),
@@ -126,16 +129,47 @@ def run_job(hub_uri: str, corpus_id: str, scale: list[str]) -> Measured:
 
 def decode_rate(hub_uri: str, shard_set: ShardSet) -> float:
     """Returns the photographs a second that one process decodes and crops for the calibration's recipe."""
-    torch.set_num_threads(1)
     with open_shard(storage.join(hub_uri, shard_set.shards[0].path)) as parquet:
         encoded = parquet.read(columns=["image"])["image"].to_pylist()
-    views = {"image": crops.View(size_px=64, scale=(0.2, 1.0))}
-    began_s, num_decoded = time.perf_counter(), 1024
-    for place in range(num_decoded):
+    return crop_rate(encoded, {"image": crops.View(size_px=64, scale=(0.2, 1.0))}, number=1024)
+
+
+def crop_rate(encoded: list[bytes], views: dict[str, crops.View], *, number: int) -> float:
+    """Returns the photographs a second of which one process takes the crops."""
+    torch.set_num_threads(1)
+    began_s = time.perf_counter()
+    for place in range(number):
         crops.draw_views(
             encoded[place % len(encoded)], field_of_view=None, views=views, rng=np.random.default_rng([0, place])
         )
-    return num_decoded / (time.perf_counter() - began_s)
+    return number / (time.perf_counter() - began_s)
+
+
+def cpu_rates() -> dict[str, float]:
+    """Returns what one process does a second of each kind of work on a photograph, on drawn ones.
+
+    Crops and signatures are of photographs of 712 px; screening and encoding is of 512 px, as Stable Diffusion draws.
+    """
+    site = phantom.SITES["public"]
+    eyes = phantom.list_eyes(site, num_images=8, seed=0)
+    large, small = (
+        [phantom.draw_eye(site, seed=seed, size_px=size_px, eye=eye).image for seed, eye in eyes]
+        for size_px in (712, 512)
+    )
+    encoded = [fundus.encode_jpeg(image) for image in large]
+    argv = ["conf/pretrain/dinov2_vitl14.yaml", "hub_uri=x", "corpus_id=x"]
+    distillation = pretrain_encoder.build_views(load(pretrain_encoder.Config, argv))
+    whole = crops.View(size_px=224, scale=(0.2, 1.0))
+    began_s, number = time.perf_counter(), 64
+    for place in range(number):
+        synthesis.judge(small[place % len(small)])
+        fundus.encode_jpeg(small[place % len(small)])
+    drawn = number / (time.perf_counter() - began_s)
+    return {
+        "mae_images_per_cpu_s": crop_rate(encoded, {"image": whole}, number=512),
+        "dinov2_images_per_cpu_s": crop_rate(encoded, distillation, number=64),
+        "drawn_images_per_cpu_s": drawn,
+    }
 
 
 if __name__ == "__main__":
