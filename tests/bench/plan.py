@@ -1,11 +1,11 @@
-"""Planning: predicted seconds of whole pretraining jobs against measured ones, after calibrating on a smaller job.
+"""Planning: predicted seconds of whole pretraining jobs against measured ones, after calibrating on smaller jobs.
 
-The calibration is one run of `jobs.pretrain_encoder` with the demo's recipe: its pace in operations a second, and its
-start and end. With these `jobs.plan` predicts the same job with a larger image and with a wider encoder, and the same
-recipe again on twice the images; then all three run. Each is a process of its own with a Ray of its own, one CPU
-training and one decoding, as conf/scale/laptop.yaml says. The load of the machine is written down: two cores that are
-shared make seconds differ from run to run, and the repeated recipe shows by how much. What one process does of a
-CPU's other work in the chain is measured beside it.
+Two runs of `jobs.pretrain_encoder` with the demo's recipe calibrate: from the first one's metrics `jobs.plan` takes the
+pace, and its start and end; both together give the training worker's CPU seconds an image. With these it predicts the
+second run's wall time, and the same job with a larger image and with a wider encoder. Each job is a process of its own
+with a Ray of its own, one CPU training and one decoding, as conf/scale/laptop.yaml says. Where others share the cores,
+wall seconds tell their load as much as ours, so the CPU seconds of the training worker are predicted and measured too,
+and the load is written down. What one process does of a CPU's other work is measured as well.
 """
 
 import os
@@ -16,9 +16,10 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 
-from gretfound import fundus, phantom, storage, synthesis, tracking
+from gretfound import fundus, phantom, storage, synthesis
 from gretfound.capacity import StagePrediction
 from gretfound.config import load
 from gretfound.encoder import crops
@@ -30,68 +31,68 @@ from tests.hubs import assemble, draw_shard_set
 
 SIZE_PX, NUM_DRAWN = 256, 128
 RECIPE = ["conf/pretrain/demo.yaml", "fit.warmup_images=64", "fit.checkpoint_every_images=0"]
-CALIBRATION = ["fit.num_images=2560"]
+CALIBRATION, REPEATED, OTHERS = 1280, 3840, 1280
 SCALES = {
-    "twice the images": ["fit.num_images=5120"],
-    "four times the patches": ["fit.num_images=2560", "encoder.image_size_px=128"],
-    "twice the width": ["fit.num_images=2560", "encoder.embed_dim=384", "encoder.num_heads=6"],
+    "three times the images": [f"fit.num_images={REPEATED}"],
+    "four times the patches": [f"fit.num_images={OTHERS}", "encoder.image_size_px=128"],
+    "twice the width": [f"fit.num_images={OTHERS}", "encoder.embed_dim=384", "encoder.num_heads=6"],
 }
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One whole job."""
+    """One whole job: wall seconds, the training worker's CPU seconds, and the machine's load at the end."""
 
     wall_s: float
-    images_per_s: float
-    data_wait_share: float
+    cpu_s: float
+    load: float
     run_uri: str
 
 
 def main() -> None:
     """Measures and writes runs/bench/plan.json."""
+    one_cpu = cpu_rates()
     with tempfile.TemporaryDirectory() as folder:
         hub_uri = storage.normalised(folder)
         shard_set = draw_shard_set(hub_uri, "aster", num_images=NUM_DRAWN, size_px=SIZE_PX)
         corpus_id = assemble(hub_uri, shard_set).id
-        loads = [os.getloadavg()[0]]
-        decoded = decode_rate(hub_uri, shard_set)
-        calibration = run_job(hub_uri, corpus_id, CALIBRATION)
-        num_images = int(CALIBRATION[0].partition("=")[2])
-        rates = [
-            f"run_uri={calibration.run_uri}",
-            f"rates.mae_images_per_cpu_s={decoded}",
-            f"rates.start_up_s={calibration.wall_s - num_images / calibration.images_per_s}",
-        ]
+        small = [f"fit.num_images={CALIBRATION}"]
+        calibration = run_job(hub_uri, corpus_id, small)
+        rates = [f"run_uri={calibration.run_uri}", f"rates.mae_images_per_cpu_s={decode_rate(hub_uri, shard_set)}"]
+        steady_s = max(predict(small, rates).seconds.values())
+        rates.append(f"rates.start_up_s={calibration.wall_s - steady_s}")
         predicted = {name: predict(scale, rates) for name, scale in SCALES.items()}
-        measured = {}
-        for name, scale in SCALES.items():
-            measured[name] = run_job(hub_uri, corpus_id, scale)
-            loads.append(os.getloadavg()[0])
-        cpu_gflops = plan.rates_of(load(plan.Config, settings(CALIBRATION, rates)))[0].cpu_gflops
-        one_cpu = cpu_rates()
+        measured = {name: run_job(hub_uri, corpus_id, scale) for name, scale in SCALES.items()}
+        planned = plan.rates_of(load(plan.Config, settings(small, rates)))[0]
+    repeated, *_ = measured.values()
+    cpu_s_per_image = (repeated.cpu_s - calibration.cpu_s) / (REPEATED - CALIBRATION)
+    start_cpu_s = calibration.cpu_s - CALIBRATION * cpu_s_per_image
+    # The plan's CPU seconds are those of its own pace; with the pace in CPU seconds, load drops out.
+    correction = cpu_s_per_image / (steady_s / CALIBRATION)
     rows = [
         *(Row(f"rates.{name}", rate, "images/s") for name, rate in one_cpu.items()),
-        Row("calibration: images a second", calibration.images_per_s, "images/s"),
-        Row("calibration: share of its time waiting for data", calibration.data_wait_share, "1"),
-        Row("calibration: start and end", calibration.wall_s - num_images / calibration.images_per_s, "s"),
-        Row("rates.cpu_gflops", cpu_gflops, "GFLOP/s"),
-        Row("decoded and cropped on one CPU", decoded, "images/s"),
-        Row("load of the machine, mean of its last minutes' averages", float(np.mean(loads)), "processes"),
+        Row("rates.cpu_gflops", planned.cpu_gflops, "GFLOP/s"),
+        Row("calibration: start and end", planned.start_up_s, "s"),
+        Row("calibration: wall", calibration.wall_s, "s"),
+        Row("calibration: decoded and cropped on one CPU", planned.mae_images_per_cpu_s, "images/s"),
+        Row("calibration: the training worker's CPU", cpu_s_per_image * 1000, "ms an image"),
+        Row("load of the machine after the calibration", calibration.load, "processes"),
     ]
     ratios = []
     for name, stage in predicted.items():
-        steady_s = stage.num_images / measured[name].images_per_s
+        found = measured[name]
+        cpu_s = stage.seconds["training CPUs"] * correction
         rows += [
             Row(f"{name}: predicted", stage.total_s, "s"),
-            Row(f"{name}: measured", measured[name].wall_s, "s"),
-            Row(f"{name}: predicted, start and end aside", max(stage.seconds.values()), "s"),
-            Row(f"{name}: measured, start and end aside", steady_s, "s"),
+            Row(f"{name}: measured", found.wall_s, "s"),
+            Row(f"{name}: predicted, the training worker's CPU, start aside", cpu_s, "s"),
+            Row(f"{name}: measured, the training worker's CPU, start aside", found.cpu_s - start_cpu_s, "s"),
+            Row(f"{name}: load of the machine at its end", found.load, "processes"),
         ]
-        ratios += [
-            Ratio(f"{name}: measured over predicted", measured[name].wall_s / stage.total_s, "0.8 to 1.25"),
-            Ratio(f"{name}: the same, start and end aside", steady_s / max(stage.seconds.values()), "0.8 to 1.25"),
-        ]
+        ratios.append(Ratio(f"{name}: measured over predicted, wall", found.wall_s / stage.total_s, "0.8 to 1.25"))
+        if found is not repeated:
+            ratio = (found.cpu_s - start_cpu_s) / cpu_s
+            ratios.append(Ratio(f"{name}: the same, CPU of the training worker", ratio, "0.8 to 1.25"))
     write("plan", rows, ratios)
 
 
@@ -111,20 +112,34 @@ def run_job(hub_uri: str, corpus_id: str, scale: list[str]) -> Measured:
     runs_uri = storage.join(hub_uri, "runs")
     before = set(storage.list_names(runs_uri))
     command = [sys.executable, "-m", "jobs.pretrain_encoder", RECIPE[0], "conf/scale/laptop.yaml", *RECIPE[1:], *scale]
-    began_s = time.perf_counter()
-    answer = subprocess.run(
-        [*command, f"hub_uri={hub_uri}", f"corpus_id={corpus_id}"],
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"WANDB_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    wall_s = time.perf_counter() - began_s
-    if answer.returncode:
-        raise RuntimeError(answer.stderr[-3000:])
+    arguments = [*command, f"hub_uri={hub_uri}", f"corpus_id={corpus_id}"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    began_s, cpu_s = time.perf_counter(), 0.0
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(
+            arguments, env=environment | {"WANDB_MODE": "disabled"}, stdout=subprocess.DEVNULL, stderr=told
+        )
+        while process.poll() is None:
+            cpu_s = max(cpu_s, worker_cpu_s(process.pid))
+            time.sleep(0.25)
+        wall_s = time.perf_counter() - began_s
+        told.seek(0)
+        if process.returncode:
+            raise RuntimeError(told.read()[-3000:])
     (name,) = set(storage.list_names(runs_uri)) - before
-    last = tracking.read_metrics(storage.join(runs_uri, name))[-1]
-    return Measured(wall_s, last["images_per_s"], last["data_wait_share"], storage.join(runs_uri, name))
+    return Measured(wall_s, cpu_s, os.getloadavg()[0], storage.join(runs_uri, name))
+
+
+def worker_cpu_s(pid: int) -> float:
+    """Returns the CPU seconds so far of the training worker below a job's process; 0 before it is there."""
+    spent_s = 0.0
+    try:
+        for process in psutil.Process(pid).children(recursive=True):
+            if "RayTrainWorker" in "".join(process.cmdline()):
+                spent_s = max(spent_s, sum(process.cpu_times()[:2]))
+    except psutil.Error:  # a process that has just ended
+        return spent_s
+    return spent_s
 
 
 def decode_rate(hub_uri: str, shard_set: ShardSet) -> float:
@@ -159,14 +174,12 @@ def cpu_rates() -> dict[str, float]:
     encoded = [fundus.encode_jpeg(image) for image in large]
     argv = ["conf/pretrain/dinov2_vitl14.yaml", "hub_uri=x", "corpus_id=x"]
     distillation = pretrain_encoder.build_views(load(pretrain_encoder.Config, argv))
-    whole = crops.View(size_px=224, scale=(0.2, 1.0))
     began_s, number = time.perf_counter(), 64
     for place in range(number):
         synthesis.judge(small[place % len(small)])
         fundus.encode_jpeg(small[place % len(small)])
     drawn = number / (time.perf_counter() - began_s)
     return {
-        "mae_images_per_cpu_s": crop_rate(encoded, {"image": whole}, number=512),
         "dinov2_images_per_cpu_s": crop_rate(encoded, distillation, number=64),
         "drawn_images_per_cpu_s": drawn,
     }
