@@ -222,7 +222,6 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
     config: Config = settings["config"]
     hub_uri, run_uri = settings["hub_uri"], settings["run_uri"]
     worker = ray.train.get_context()
-    images_per_step = config.fit.batch_size // worker.get_world_size()
     rejected: dict[int, str] = {}
 
     def batches(start: int) -> Iterator[Any]:
@@ -236,13 +235,13 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
                     start=first,
                     end=end,
                     num_workers=worker.get_world_size(),
-                    images_per_worker_step=images_per_step,
+                    batch_size=config.fit.batch_size,
                     views=build_views(config),
                     seed=config.seed,
                     data_cpus=config.cluster.data_cpus,
                 )
             iterator = ray.train.collective.broadcast_from_rank_zero(iterators)[worker.get_world_rank()]
-            images_per_batch = images_per_step // config.fit.accumulation
+            images_per_batch = config.fit.batch_size // (worker.get_world_size() * config.fit.accumulation)
             yield from ingest.torch_batches(iterator, images_per_batch=images_per_batch, rejected=rejected)
 
     tracker = tracking.Tracker(
@@ -252,7 +251,7 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
         settings=canonical(config),
         is_active=worker.get_world_rank() == 0,
     )
-    _, order = ingest.plan_of(hub_uri, config.corpus_id, config.seed)
+    _, order = ingest.plan_of(hub_uri, config.corpus_id, config.seed, config.fit.batch_size)
     group_names = ["/".join(group) for group in order.groups]
     with tracker, storage.scratch_folder() as folder:
         weights_path = fetch_initial_weights(hub_uri, config.initial_weights_uri, Path(folder))

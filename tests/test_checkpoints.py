@@ -46,7 +46,7 @@ def train_and_record(settings: dict[str, Any]) -> None:
                 start=start,
                 end=NUM_IMAGES,
                 num_workers=num_workers,
-                images_per_worker_step=BATCH_SIZE // num_workers,
+                batch_size=BATCH_SIZE,
                 views={"image": View(size_px=32, scale=(0.2, 1.0))},
                 seed=1,
                 data_cpus=0.5,
@@ -133,8 +133,8 @@ def test_restore__two_workers_then_one_then_three_see_every_image_once_an_epoch(
     assert [min(seen[number]) for number in (0, 1, 2)] == [0, 24, 60], "each goes on from its last checkpoint"
     kept = seen[2] + [place for place in seen[1] if place < 60] + [place for place in seen[0] if place < 24]
     assert Counter(kept) == Counter(range(NUM_IMAGES))
-    order = ingest._order_of(run.settings["hub_uri"], run.settings["corpus_id"], 1)[1]
-    drawn = [draw for window in order.windows(0, NUM_IMAGES) for draw in order.draws(window)]
+    order = ingest.plan_of(run.settings["hub_uri"], run.settings["corpus_id"], 1)[1]
+    drawn = [draw for window in order.windows(0, NUM_IMAGES) for draw in order.draws(window)][:NUM_IMAGES]
     assert Counter(drawn[:48]) == Counter(drawn[48:]) and len(set(drawn)) == len(run.image_ids)
 
     undisturbed = Run(tmp_path / "undisturbed", zero_stage=1)
