@@ -135,7 +135,7 @@ def test_restore__two_workers_then_one_then_three_see_every_image_once_an_epoch(
     assert [min(seen[number]) for number in (0, 1, 2)] == [0, 24, 60], "each goes on from its last checkpoint"
     kept = seen[2] + [place for place in seen[1] if place < 60] + [place for place in seen[0] if place < 24]
     assert Counter(kept) == Counter(range(NUM_IMAGES))
-    order = ingest.plan_of(run.settings["hub_uri"], run.settings["corpus_id"], 1)[1]
+    order = ingest.plan_of(run.settings["hub_uri"], run.settings["corpus_id"], 1, BATCH_SIZE)[1]
     drawn = [draw for window in order.windows(0, NUM_IMAGES) for draw in order.draws(window)][:NUM_IMAGES]
     assert Counter(drawn[:48]) == Counter(drawn[48:]) and len(set(drawn)) == len(run.image_ids)
 
