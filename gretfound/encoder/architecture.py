@@ -7,6 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from gretfound.capacity import Transformer
+
 
 def build_encoder(architecture: str, *, image_size_px: int, **sizes: Any) -> nn.Module:
     """Builds an untrained timm vision transformer whose features are the mean of its normalised patch tokens.
@@ -29,6 +31,19 @@ def timm_arguments(*, image_size_px: int, **sizes: Any) -> dict[str, Any]:
         "fc_norm": False,  # the final norm stays before the pooling, where pretraining trained it
         **{name: value for name, value in sizes.items() if value},
     }
+
+
+def measure_encoder(architecture: str, *, image_size_px: int, **sizes: Any) -> Transformer:
+    """Returns the sizes of the encoder that `build_encoder` would build, without giving it memory."""
+    with torch.device("meta"):
+        encoder: Any = build_encoder(architecture, image_size_px=image_size_px, **sizes)
+    return Transformer(
+        width=int(encoder.embed_dim),
+        depth=len(encoder.blocks),
+        patch_px=int(encoder.patch_embed.patch_size[0]),
+        num_prefix_tokens=int(encoder.num_prefix_tokens),
+        block_weights=sum(each.weight.numel() for each in encoder.blocks[0].modules() if isinstance(each, nn.Linear)),
+    )
 
 
 def sine_cosine_positions(width: int, grid_size: int) -> Tensor:

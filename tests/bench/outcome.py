@@ -1,6 +1,7 @@
 """What every benchmark leaves: runs/bench/NAME.json with rows and ratios, and the same as a table."""
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,12 +27,16 @@ class Ratio:
     goal: str
 
 
-def write(name: str, rows: list[Row], ratios: list[Ratio]) -> Path:
-    """Writes the outcome and prints it as a table."""
+def write(name: str, rows: list[Row], ratios: list[Ratio], *, cpus: float | None = None) -> Path:
+    """Writes the outcome and prints it as a table; ``cpus`` is how many it worked on, None is all of the machine."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     content = {
         "name": name,
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            "cpus": cpus or os.cpu_count(),
+        },
         "rows": [asdict(row) for row in rows],
         "ratios": [asdict(ratio) for ratio in ratios],
     }

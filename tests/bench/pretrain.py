@@ -152,4 +152,5 @@ def main() -> None:
             Ratio("a third of the masked patches, over the straightforward loop", subset / plain, ">= 2.5"),
             Ratio("time under Ray and DeepSpeed over the bare step's", bfloat16 / on_ray, "<= 1.1"),
         ],
+        cpus=NUM_THREADS,
     )
