@@ -1,4 +1,4 @@
-"""What a pretraining recipe says: the groups of keys of conf/pretrain/ that `pretrain_encoder` runs and `plan` weighs."""
+"""A pretraining recipe: the groups of keys of conf/pretrain/, which `pretrain_encoder` runs and `plan` weighs."""
 
 from dataclasses import dataclass
 
