@@ -502,6 +502,8 @@ def _note_cells(table: metadata.MetadataTable, findings: list[Finding]) -> None:
 
 
 def _problem_in_words(problem: metadata.Problem) -> str:
+    if not problem.column:  # of the whole line
+        return f"line {problem.row}: {problem.reason}"
     suggestion = f"; did you mean {problem.suggestion!r}?" if problem.suggestion else ""
     return f"line {problem.row}, column {problem.column}: {problem.value!r}: {problem.reason}{suggestion}"
 

@@ -1,14 +1,12 @@
 """Ingest: a corpus's photographs, decoded and augmented by Ray Data, in the one order in which they are streamed.
 
-The order of an epoch is a pure function of (manifest, seed, epoch): row groups are shuffled, gathered into windows, and
-the photographs are shuffled within each window. A photograph's place in that order is its *position*; everything random
+The order of an epoch is a pure function of (manifest, seed, epoch): row groups are shuffled, and the photographs are
+shuffled within each window of about a thousand. A photograph's place in that order is its *position*; everything random
 about it (crop, flip, mask) follows from the position, so neither the number of workers nor a restart changes it.
 """
 
 import functools
-import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,108 +20,106 @@ from torch import Tensor
 from gretfound import corpus, shard, storage
 from gretfound.encoder.crops import View, blank_views, draw_views
 from gretfound.errors import ConfigError, LineageError
-from gretfound.fundus import FieldOfView
+from gretfound.fundus import FieldOfView, UnreadablePhotograph
 from gretfound.lineage import Corpus
 
-log = logging.getLogger(__name__)
-ROW_GROUPS_PER_WINDOW = 4  # a thousand photographs: enough to mix sites, few enough to hold as crops
+WINDOW_IMAGES = 1024  # at least four row groups: enough to mix sites, few enough to hold as crops
 SEGMENT_IMAGES = 2**20  # images of one Ray Data execution: its plan must not grow with the run
-IMAGES_PER_BLOCK = 64
 _IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px", "dr"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """A stretch of an epoch that is read together: row groups by their index in the manifest, and how often each.
-
-    ``end_position`` is past the last position that belongs to it: a phase may end within a window.
-    """
-
-    phase: int
-    epoch: int
-    index: int
-    row_groups: tuple[int, ...]
-    num_draws: tuple[int, ...]
-    first_position: int
-    end_position: int
-
-
 class Order:
-    """The order of draws over all phases and epochs of a run, as a pure function of (manifest, phases, seed).
+    """The order of draws over all phases and epochs of a run, as a pure function of (manifest, phases, seed, batch).
+
+    Positions are cut into windows of whole steps. Within an epoch the row groups come in a random order, one after the
+    other; a window's photographs are shuffled, those of two epochs apart from each other. So every epoch is exact, a
+    window reads few row groups, and any window is found without a count of those before it.
 
     Args:
         manifest: A table of `corpus.MANIFEST_SCHEMA`.
         seed: The run's seed.
+        batch_size: Images a step: a window holds a whole number of them.
         phase_images: Images of each phase, in order; the last phase lasts as long as the run, whatever its number.
 
     Attributes:
         groups: The (site, origin) pairs of the corpus, sorted.
         group_codes: For each row group, its pair's index in ``groups``.
+        window_images: Images of a window.
     """
 
-    def __init__(self, manifest: pa.Table, *, seed: int, phase_images: tuple[int, ...] = (0,)) -> None:
+    def __init__(
+        self, manifest: pa.Table, *, seed: int, batch_size: int = 1, phase_images: tuple[int, ...] = (0,)
+    ) -> None:
         self._seed = seed
+        self.window_images = max(1, WINDOW_IMAGES // batch_size) * batch_size
         self._excluded = manifest["excluded"].combine_chunks()
         self._num_images = manifest["num_images"].to_numpy()
-        self._num_eligible = self._num_images - pc.list_value_length(self._excluded).to_numpy(zero_copy_only=False)
+        num_eligible = self._num_images - pc.list_value_length(self._excluded).to_numpy(zero_copy_only=False)
         weights = manifest["weights"].combine_chunks().flatten().to_numpy().reshape(len(manifest), -1)
         if weights.shape[1] != len(phase_images):
             raise LineageError(
                 f"found {weights.shape[1]} weights a row group in the manifest and {len(phase_images)} phases in the "
                 "corpus's record; required as many; assemble the corpus again"
             )
-        expected = weights * self._num_eligible[:, None]
+        expected = weights * num_eligible[:, None]
         whole = np.round(expected)
         self._expected = np.where(np.abs(expected - whole) < 1e-6, whole, expected)
         self._epoch_draws = [round(float(total)) for total in self._expected.sum(axis=0)]
         if not all(self._epoch_draws):
             raise ConfigError("every image of the corpus, or of one of its phases, is excluded or has no weight")
         self._phase_ends = [*np.cumsum(phase_images[:-1]).tolist(), None]
-        self._layout_of = functools.lru_cache(maxsize=2)(self._layout)
+        self._layout_of = functools.lru_cache(maxsize=4)(self._layout)
         pairs = list(zip(manifest["site_id"].to_pylist(), manifest["origin"].to_pylist(), strict=True))
         self.groups = sorted(set(pairs))
-        self.group_codes = [self.groups.index(pair) for pair in pairs]
+        codes = {pair: code for code, pair in enumerate(self.groups)}
+        self.group_codes = [codes[pair] for pair in pairs]
 
-    def windows(self, start: int, end: int) -> Iterator[Window]:
-        """Yields the windows that hold the positions from ``start`` up to ``end``; its cost is that of their epochs."""
+    def windows(self, start: int, end: int) -> range:
+        """Returns the windows that hold the positions from ``start`` up to ``end``."""
+        return range(start // self.window_images, -(-end // self.window_images))
+
+    def draws(self, window: int) -> list[tuple[int, int]]:
+        """Returns a window's draws in order, as (row group, row in it)."""
+        draws: list[tuple[int, int]] = []
+        for phase, epoch, first, last in self._parts(window * self.window_images, (window + 1) * self.window_images):
+            row_groups, num_draws, ends = self._layout_of(phase, epoch)
+            part: list[tuple[int, int]] = []
+            for place in range(int(np.searchsorted(ends, first, side="right")), len(row_groups)):
+                begin = int(ends[place] - num_draws[place])
+                if begin >= last:
+                    break
+                row_group = int(row_groups[place])
+                rows = self._rows(phase, epoch, row_group, int(num_draws[place]))
+                part.extend((row_group, row) for row in rows[max(0, first - begin) : last - begin])
+            shuffled = self._rng(phase, epoch, 2, first).permutation(len(part))
+            draws.extend(part[place] for place in shuffled)
+        return draws
+
+    def _parts(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+        """Cuts positions by epoch: yields (phase, epoch of it, first and last place in that epoch)."""
         phase_start = 0
         for phase, phase_end in enumerate(self._phase_ends):
-            first, last = max(start, phase_start), end if phase_end is None else min(end, phase_end)
+            at, end = max(first, phase_start), last if phase_end is None else min(last, phase_end)
             epoch_draws = self._epoch_draws[phase]
-            for epoch in range((first - phase_start) // epoch_draws, -(-(last - phase_start) // epoch_draws)):
-                epoch_start = phase_start + epoch * epoch_draws
-                row_groups, num_draws, bounds = self._layout_of(phase, epoch)
-                first_index = int(np.searchsorted(bounds, first - epoch_start, side="right")) - 1
-                for index in range(max(0, first_index), len(bounds) - 1):
-                    if epoch_start + bounds[index] >= last:
-                        break
-                    held = slice(index * ROW_GROUPS_PER_WINDOW, (index + 1) * ROW_GROUPS_PER_WINDOW)
-                    end_position = epoch_start + int(bounds[index + 1])
-                    yield Window(
-                        phase=phase,
-                        epoch=epoch,
-                        index=index,
-                        row_groups=tuple(row_groups[held].tolist()),
-                        num_draws=tuple(num_draws[held].tolist()),
-                        first_position=epoch_start + int(bounds[index]),
-                        end_position=end_position if phase_end is None else min(end_position, phase_end),
-                    )
+            while at < end:
+                epoch, place = divmod(at - phase_start, epoch_draws)
+                stop = min(end, at - place + epoch_draws)
+                yield phase, epoch, place, place + stop - at
+                at = stop
             phase_start = phase_end or 0
 
-    def draws(self, window: Window) -> list[tuple[int, int]]:
-        """Returns the window's draws in order, as (row group, row in it), up to its end position."""
-        draws: list[tuple[int, int]] = []
-        for row_group, num_draws in zip(window.row_groups, window.num_draws, strict=True):
-            eligible = np.setdiff1d(np.arange(self._num_images[row_group]), self._excluded[row_group].values.to_numpy())
-            whole, extra = divmod(num_draws, len(eligible))
-            chosen = self._rng(window.phase, window.epoch, 1, row_group).permutation(len(eligible))[:extra]
-            draws.extend((row_group, row) for row in eligible.tolist() * whole)
-            draws.extend((row_group, row) for row in eligible[chosen].tolist())
-        order = self._rng(window.phase, window.epoch, 2, window.index).permutation(len(draws))
-        return [draws[place] for place in order[: window.end_position - window.first_position]]
+    def _rows(self, phase: int, epoch: int, row_group: int, num_draws: int) -> list[int]:
+        """Returns a row group's draws in an epoch: each eligible row as often as the others, or once more."""
+        excluded = self._excluded[row_group].values.to_numpy()
+        eligible = np.setdiff1d(np.arange(self._num_images[row_group]), excluded)
+        whole, extra = divmod(num_draws, len(eligible))
+        rng = self._rng(phase, epoch, 1, row_group)
+        drawn = np.concatenate([np.tile(eligible, whole), rng.permutation(eligible)[:extra]])
+        rows: list[int] = rng.permutation(drawn).tolist()
+        return rows
 
     def _layout(self, phase: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns an epoch's row groups in order, the draws of each, and the bounds of its windows in positions.
+        """Returns an epoch's row groups in order, the draws of each, and the place in the epoch at which each ends.
 
         Expected draws are rounded by systematic sampling (Madow, 1949): right on average for each row group, whole
         numbers stay as they are, and the sum is the same in every epoch, so positions can be found without a count.
@@ -133,10 +129,7 @@ class Order:
         num_draws = np.diff(np.floor(sums + self._rng(phase, epoch, 3).random())).astype(np.int64)
         drawn = np.flatnonzero(num_draws)
         row_groups = drawn[self._rng(phase, epoch, 0).permutation(len(drawn))]
-        ends = np.cumsum(num_draws[row_groups])
-        is_end = np.arange(1, len(ends) + 1) % ROW_GROUPS_PER_WINDOW == 0
-        is_end[-1] = True
-        return row_groups, num_draws[row_groups], np.concatenate([[0], ends[is_end]])
+        return row_groups, num_draws[row_groups], np.cumsum(num_draws[row_groups])
 
     def _rng(self, *place: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, *place])
@@ -146,12 +139,13 @@ def read_window(
     hub_uri: str,
     manifest: pa.Table,
     order: Order,
-    window: Window,
+    window: int,
     *,
     start: int,
     end: int,
     views: Mapping[str, View],
     seed: int,
+    images_per_block: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Reads, decodes and augments one window's photographs from ``start`` up to ``end``.
 
@@ -164,8 +158,9 @@ def read_window(
         ``group`` int64 (an index of `Order.groups`), ``label`` int64 (the ICDR grade, -1 where it is not known: for
         watching a run, never for its loss), ``is_readable`` and ``image_id``, each (B, ...).
     """
-    first = max(0, start - window.first_position)
-    draws = list(enumerate(order.draws(window)))[first : end - window.first_position]
+    window_start = window * order.window_images
+    first = max(0, start - window_start)
+    draws = list(enumerate(order.draws(window)))[first : end - window_start]
     rows: list[dict[str, Any]] = [{} for _ in draws]
     by_row_group: dict[int, list[tuple[int, int]]] = {}
     for offset, (row_group, row) in draws:
@@ -173,7 +168,7 @@ def read_window(
     for row_group, places in by_row_group.items():
         held = _read_row_group(hub_uri, manifest, row_group)
         for offset, row in places:
-            position = window.first_position + offset
+            position = window_start + offset
             try:
                 crops = draw_views(
                     held["image"][row],
@@ -182,7 +177,7 @@ def read_window(
                     rng=np.random.default_rng([seed, position]),
                 )
                 is_readable = True
-            except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes that are no whole image
+            except UnreadablePhotograph:
                 crops, is_readable = blank_views(views), False
             rows[offset - first] = crops | {
                 "position": position,
@@ -191,8 +186,8 @@ def read_window(
                 "is_readable": is_readable,
                 "image_id": held["image_id"][row],
             }
-    for place in range(0, len(rows), IMAGES_PER_BLOCK):
-        block = rows[place : place + IMAGES_PER_BLOCK]
+    for place in range(0, len(rows), images_per_block):
+        block = rows[place : place + images_per_block]
         yield {name: np.stack([row[name] for row in block]) for name in block[0]}
 
 
@@ -210,45 +205,59 @@ def stream(
     start: int,
     end: int,
     num_workers: int,
-    images_per_worker_step: int,
+    batch_size: int,
     views: Mapping[str, View],
     seed: int,
     data_cpus: float,
 ) -> list[ray.data.DataIterator]:
     """Streams a corpus through Ray Data: one iterator a worker, which together give the positions in order.
 
-    Of each step's images the first worker gets the first ``images_per_worker_step``, the second the next, and so on:
+    Of each step's images the first worker gets the first ``batch_size / num_workers``, the second the next, and so on:
     blocks of exactly that many rows are dealt in turn.
 
     Args:
         hub_uri: The hub.
         record: The corpus to stream.
-        start: First position; the number of images already seen.
-        end: Position to stop before, at most `SEGMENT_IMAGES` later for a plan of bounded size.
+        start: First position; the number of images already seen, in whole steps.
+        end: Position to stop before, in whole steps, at most `SEGMENT_IMAGES` later for a plan of bounded size.
         num_workers: Iterators to return.
-        images_per_worker_step: Images that each takes a step.
+        batch_size: Images a step, over all workers.
         views: The crops to draw of each photograph, by the names that the objective takes.
         seed: The run's seed.
         data_cpus: CPUs that Ray Data may use, so that it and Ray Train never wait for each other.
     """
-    corpus_id = record.id
-    num_windows = len(_windows_of(hub_uri, corpus_id, seed, start, end))
+    if start % batch_size or end % batch_size or batch_size % num_workers:
+        raise ValueError(
+            f"found positions {start} to {end} and {num_workers} workers; required multiples, and a divisor, of "
+            f"batch_size={batch_size}"
+        )
+    corpus_id, images_per_block = record.id, batch_size // num_workers
+    first_window, *_ = windows = plan_of(hub_uri, corpus_id, seed, batch_size)[1].windows(start, end)
 
     def read(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        manifest, order = plan_of(hub_uri, corpus_id, seed)
-        windows = _windows_of(hub_uri, corpus_id, seed, start, end)
+        manifest, order = plan_of(hub_uri, corpus_id, seed, batch_size)
         for place in batch["id"].tolist():
             yield from read_window(
-                hub_uri, manifest, order, windows[place], start=start, end=end, views=views, seed=seed
+                hub_uri,
+                manifest,
+                order,
+                first_window + place,
+                start=start,
+                end=end,
+                views=views,
+                seed=seed,
+                images_per_block=images_per_block,
             )
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(1.0, data_cpus))
     context.enable_progress_bars = False
-    windows = ray.data.range(num_windows, override_num_blocks=num_windows)
-    crops = windows.map_batches(read, batch_size=1, num_cpus=min(1.0, data_cpus))
-    blocks = crops.repartition(target_num_rows_per_block=images_per_worker_step, strict=True)
+    places = ray.data.range(len(windows), override_num_blocks=len(windows))
+    crops = places.map_batches(read, batch_size=1, num_cpus=min(1.0, data_cpus))
+    # Every window is a whole number of blocks, so this cuts within a task: a strict repartition would be an operator of
+    # its own, which waits for a CPU until the last window is read when there is only one (Ray 2.60).
+    blocks = crops.repartition(target_num_rows_per_block=images_per_block, strict=False)
     iterators: list[ray.data.DataIterator] = blocks.streaming_split(num_workers, equal=True)
     return iterators
 
@@ -285,16 +294,11 @@ def torch_batches(
 
 
 @functools.lru_cache(maxsize=2)
-def plan_of(hub_uri: str, corpus_id: str, seed: int) -> tuple[pa.Table, Order]:
+def plan_of(hub_uri: str, corpus_id: str, seed: int, batch_size: int) -> tuple[pa.Table, Order]:
     """Returns a corpus's manifest and order; each process makes its own, once: that is less than sending it."""
     record = storage.read_record(hub_uri, corpus_id, Corpus)
     manifest = corpus.read_manifest(hub_uri, record)
-    return manifest, Order(manifest, seed=seed, phase_images=record.phase_images)
-
-
-@functools.lru_cache(maxsize=2)
-def _windows_of(hub_uri: str, corpus_id: str, seed: int, start: int, end: int) -> list[Window]:
-    return list(plan_of(hub_uri, corpus_id, seed)[1].windows(start, end))
+    return manifest, Order(manifest, seed=seed, batch_size=batch_size, phase_images=record.phase_images)
 
 
 def _read_row_group(hub_uri: str, manifest: pa.Table, row_group: int) -> dict[str, list[Any]]:

@@ -176,7 +176,16 @@ COLUMNS: tuple[Column, ...] = (
                 "r3a",
                 "r3s",
             ),
-            "present": ("diabetic retinopathy", "dr", "present", "yes", "positive"),
+            "present": (
+                "diabetic retinopathy",
+                "dr",
+                "present",
+                "yes",
+                "positive",
+                "npdr",
+                "non-proliferative diabetic retinopathy",
+                "nonproliferative diabetic retinopathy",
+            ),
         },
         low=0,
         high=4,
@@ -185,7 +194,8 @@ COLUMNS: tuple[Column, ...] = (
         name="DME",
         key="dme",
         kind="grade",
-        help="diabetic macular edema: 0 none, 1 mild or moderate (off centre), 2 severe (centre involved); M0, M1",
+        help="diabetic macular edema: 0 none, 1 mild or moderate (off centre), 2 severe (centre involved). M0 is 0; "
+        "the UK's M1 and a bare 'yes' name no grade and are not taken",
         words={
             0: (
                 "no dme",
@@ -425,6 +435,12 @@ def read_metadata(csv_path: Path) -> MetadataTable:
         for place, name in enumerate(header)
         if place not in places and place != image_places[0] and name.strip()
     ]
+    repeated = [name for name, times in Counter(column.name for column in places.values()).items() if times > 1]
+    if repeated or len(image_places) > 1:
+        raise ValueError(
+            f"the header has these columns more than once: {', '.join(repeated or ['Image'])}; required once each: "
+            "nobody can tell which one counts"
+        )
     rows: list[MetadataRow] = []
     problems: list[Problem] = []
     counts: Counter[tuple[str, str]] = Counter()
@@ -437,6 +453,15 @@ def read_metadata(csv_path: Path) -> MetadataTable:
             problems.append(Problem(row=line, column="Image", value="", reason="the file name is blank"))
             continue
         cells: Cells = {}
+        num_surplus = len(record) - len(header)
+        if num_surplus > 0 and any(cell.strip() for cell in record[len(header) :]):
+            reason = f"the line has {num_surplus} cell(s) more than the header, so that its values may be shifted; "
+            problems.append(
+                Problem(row=line, column="", value="", reason=reason + "put quotes around values with separators")
+            )
+            counts.update((column.name, "not understood") for column in places.values())
+            rows.append(MetadataRow(image=image, cells={}, line=line))
+            continue
         for place, column in places.items():
             text = record[place] if place < len(record) else ""
             try:

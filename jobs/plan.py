@@ -21,7 +21,7 @@ from gretfound.config import canonical, load, setting
 from gretfound.errors import ConfigError
 from jobs import console
 from jobs.pretrain_encoder import Config as PretrainConfig
-from jobs.pretrain_encoder import CropConfig, DINOv2Config, EncoderConfig, FitConfig, MAEConfig
+from jobs.recipe import CropConfig, DINOv2Config, EncoderConfig, FitConfig, MAEConfig
 
 UNITS = {"GPUs": "GPUs", "training CPUs": "training CPUs", "CPUs": "CPUs", "bucket": "Gbit/s to the bucket",
          "GPU network": "Gbit/s between GPUs"}  # fmt: skip

@@ -11,6 +11,7 @@ import ray
 
 from gretfound import corpus, ingest, shard, storage
 from gretfound.encoder.crops import View
+from gretfound.errors import LineageError
 from gretfound.lineage import Corpus, ShardSet
 from tests.hubs import assemble, draw_shard_set
 
@@ -22,14 +23,12 @@ def manifest_of(*row_groups: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist([blank | each for each in row_groups], corpus.MANIFEST_SCHEMA)
 
 
-def draws_between(manifest: pa.Table, start: int, end: int, seed: int = 0) -> list[tuple[int, int]]:
-    order = ingest.Order(manifest, seed=seed)
-    drawn: list[tuple[int, int]] = []
-    for window in order.windows(start, end):
-        for offset, draw in enumerate(order.draws(window)):
-            if start <= window.first_position + offset < end:
-                drawn.append(draw)
-    return drawn
+def draws_between(manifest: pa.Table, start: int, end: int, seed: int = 0, **settings: Any) -> list[tuple[int, int]]:
+    order = ingest.Order(manifest, seed=seed, **settings)
+    windows = order.windows(start, end)
+    drawn = [draw for window in windows for draw in order.draws(window)]
+    skipped = start - windows.start * order.window_images
+    return drawn[skipped : skipped + end - start]
 
 
 def test_draws__every_image_exactly_once_an_epoch() -> None:
@@ -48,6 +47,26 @@ def test_draws__every_image_exactly_once_an_epoch() -> None:
 def test_windows__from_any_position_the_rest_is_the_same(start: int) -> None:
     manifest = manifest_of(*({"num_images": number} for number in (5, 300, 17, 64, 1, 256, 40, 3, 99, 12)))
     assert draws_between(manifest, start, 1700) == draws_between(manifest, 0, 1700)[start:]
+
+
+def test_draws__windows_mix_row_groups_and_hold_whole_steps() -> None:
+    manifest = manifest_of(*({"num_images": 256} for _ in range(40)))
+    order = ingest.Order(manifest, seed=0, batch_size=96)
+    assert order.window_images == 960 and order.windows(960, 2880) == range(1, 3)
+    for window in range(12):
+        groups = [group for group, _ in order.draws(window)]
+        assert len(groups) == 960 and 4 <= len(set(groups)) <= 6, "an epoch's end adds some"
+        assert len(set(groups[:64])) >= 3, "mixed from the first batch on"
+
+
+def test_draws__phases_follow_each_other_each_with_its_weights() -> None:
+    synthetic = {"num_images": 300, "origin": "synthetic", "weights": [1.0, 0.0]}
+    real = {"num_images": 100, "weights": [0.0, 1.0]}
+    drawn = draws_between(manifest_of(synthetic, real), 0, 1500, phase_images=(1000, 0))
+    assert {group for group, _ in drawn[:1000]} == {0} and {group for group, _ in drawn[1000:]} == {1}
+    assert set(Counter(drawn[:900]).values()) == {3} and set(Counter(drawn[1000:]).values()) == {5}
+    with pytest.raises(LineageError, match="found 2 weights a row group"):
+        ingest.Order(manifest_of(synthetic), seed=0)
 
 
 def test_draws__excluded_rows_are_never_drawn() -> None:
@@ -81,7 +100,7 @@ def consumed(
         start=start,
         end=end,
         num_workers=num_workers,
-        images_per_worker_step=step // num_workers,
+        batch_size=step,
         views=VIEWS,
         seed=5,
         data_cpus=1.0,
@@ -133,7 +152,7 @@ def test_stream__one_damaged_image_is_counted_and_its_neighbours_stay(tmp_path: 
         start=0,
         end=48,
         num_workers=1,
-        images_per_worker_step=8,
+        batch_size=8,
         views=VIEWS,
         seed=0,
         data_cpus=1.0,

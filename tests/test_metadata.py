@@ -24,7 +24,7 @@ def read(folder: Path, content: str | bytes) -> metadata.MetadataTable:
     ("column", "text", "value"),
     [
         ("DR", "R0", 0), ("DR", "R1", 1), ("DR", "R2", 3), ("DR", "R3", 4), ("DR", "2", 2), ("DR", "2.0", 2),
-        ("DR", "PDR", 4), ("DR", "NPDR mild", 1), ("DR", "mild diabetic retinopathy", 1),
+        ("DR", "NPDR", "present"), ("DR", "PDR", 4), ("DR", "NPDR mild", 1), ("DR", "mild diabetic retinopathy", 1),
         ("DR", "diabetic retinopathy", "present"), ("DR", "", None), ("DR", "n/a", None),
         ("DME", "M0", 0), ("DME", "severe macular edema", 2), ("DME", "mild macular oedema", 1),
         ("Eye", "od", "right"), ("Eye", "OS", "left"), ("Eye", "R", "right"), ("Eye", "Left", "left"),
@@ -196,3 +196,21 @@ def test_draw_cells__follows_the_counts_and_the_listed_pairs() -> None:
     for old in (False, True):
         share_of = [np.mean([row["dr"] == 0 for row in each if (row["age"] >= 60) == old]) for each in (rows, drawn)]
         assert share_of[0] == pytest.approx(share_of[1], abs=0.05)
+
+
+def test_read_metadata__a_column_given_twice_is_an_error(tmp_path: Path) -> None:
+    for header in ("Image,Age,age", "Image,image,Age"):
+        with pytest.raises(ValueError, match=r"more than once: (Age|Image); required once"):
+            read(tmp_path, f"{header}\na.jpg,50,60\n")
+
+
+def test_read_metadata__a_line_with_too_many_cells_is_named_and_not_believed(tmp_path: Path) -> None:
+    table = read(tmp_path, "Image,Age,Sex\na.jpg,50,female\nb.jpg,Smith, 61,male\nc.jpg,62,male,,\n")
+    assert [(row.image, row.cells) for row in table.rows] == [
+        ("a.jpg", {"age": 50.0, "sex": "female"}),
+        ("b.jpg", {}),
+        ("c.jpg", {"age": 62.0, "sex": "male"}),
+    ]
+    (problem,) = table.problems
+    assert problem.row == 3 and "1 cell(s) more than the header" in problem.reason
+    assert table.counts_by_column["Age"].num_not_understood == 1

@@ -161,7 +161,7 @@ def consume(settings: dict[str, Any]) -> None:
         start=0,
         end=settings["num_images"],
         num_workers=1,
-        images_per_worker_step=BATCH_SIZE,
+        batch_size=BATCH_SIZE,
         views=VIEWS,
         seed=0,
         data_cpus=float(CORES),

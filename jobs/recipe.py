@@ -1,0 +1,83 @@
+"""A pretraining recipe: the groups of keys of conf/pretrain/, which `pretrain_encoder` runs and `plan` weighs."""
+
+from dataclasses import dataclass
+
+from gretfound.config import setting
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The vision transformer; sizes of 0 are those of ``architecture``."""
+
+    architecture: str = setting("vit_large_patch16_224", "a timm vision transformer")
+    image_size_px: int = setting(224, "side of the square input, pixels")
+    patch_size: int = setting(0, "side of a patch, pixels")
+    embed_dim: int = setting(0, "width")
+    depth: int = setting(0, "blocks")
+    num_heads: int = setting(0, "attention heads")
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """The masked autoencoder (He et al., CVPR 2022)."""
+
+    mask_ratio: float = setting(0.75, "share of patches hidden from the encoder")
+    predicted_share: float = setting(1.0, "share of the hidden patches that the decoder predicts; less is faster")
+    decoder_width: int = setting(512, "width of the decoder")
+    decoder_depth: int = setting(8, "blocks of the decoder")
+    decoder_num_heads: int = setting(16, "attention heads of the decoder")
+    normalise_patches: bool = setting(True, "normalise each target patch by its own mean and variance")
+
+
+@dataclass(frozen=True)
+class DINOv2Config:
+    """Self-distillation (Oquab et al., 2023)."""
+
+    prototypes: int = setting(65_536, "prototypes of each head")
+    hidden: int = setting(2048, "width of the heads' hidden layers")
+    bottleneck: int = setting(256, "width in which features meet the prototypes")
+    shared_head: bool = setting(True, "whether patch tokens share the class token's head")
+    momentum: float = setting(0.992, "the teacher's momentum at the first image; it rises to 1 on a cosine")
+    teacher_temperature: float = setting(0.04, "temperature of the targets at the first image")
+    final_teacher_temperature: float = setting(0.07, "temperature of the targets after the warm-up")
+    teacher_temperature_warmup_images: int = setting(38_400_000, "images over which the temperature rises")
+    sinkhorn_iterations: int = setting(3, "rounds of Sinkhorn-Knopp centring; 0 invites collapse")
+    frozen_images: int = setting(1_280_000, "images before the prototypes begin to learn")
+    koleo_weight: float = setting(0.1, "weight of the regulariser that spreads features")
+    patch_weight: float = setting(1.0, "weight of the loss on masked patches (iBOT)")
+    mask_probability: float = setting(0.5, "chance of each global crop to be masked")
+    layer_decay: float = setting(0.9, "factor of the learning rate from each block to the one before it")
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """The crops of a photograph; a masked autoencoder takes one global crop, self-distillation takes them all."""
+
+    global_scale_min: float = setting(0.2, "smallest share of the field of view that a global crop covers; 0 to 1")
+    num_local: int = setting(8, "local crops a photograph")
+    local_size_px: int = setting(96, "side of a local crop, pixels")
+    local_scale_min: float = setting(0.05, "smallest share that a local crop covers")
+    local_scale_max: float = setting(0.32, "largest share that a local crop covers")
+    colour: float = setting(0.0, "strength of colour jitter, greying and blur, 0 to 1; DINOv2 takes 1")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The optimisation; progress and schedule are counted in images."""
+
+    num_images: int = setting(904_170 * 800, "images to see in all")
+    batch_size: int = setting(1792, "images a step, over all workers")
+    accumulation: int = setting(1, "micro-batches a step")
+    base_lr: float = setting(1.5e-4, "peak learning rate, before it is scaled to the batch")
+    lr_scaling: str = setting("linear", "linear: base_lr is for 256 images a step; sqrt: for 1,024, by the square root")
+    warmup_images: int = setting(904_170 * 15, "images over which the rate rises")
+    weight_decay: float = setting(0.05, "AdamW's, on matrices only")
+    final_weight_decay: float | None = setting(None, "where the decay goes to on a cosine; null: it stays")
+    second_beta: float = setting(0.95, "AdamW's second beta; DINOv2 takes 0.999")
+    clip_norm: float = setting(0.0, "largest gradient norm; 0: no clipping")
+    precision: str = setting("bfloat16", "float32 or bfloat16")
+    zero_stage: int = setting(1, "DeepSpeed ZeRO stage, 0 to 3")
+    recomputes_activations: bool = setting(
+        False, "recompute each block in the backward pass: less memory, a third slower"
+    )
+    checkpoint_every_images: int = setting(904_170, "images between checkpoints; 0: at the end only")
