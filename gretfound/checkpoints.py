@@ -6,6 +6,8 @@ A checkpoint counts once it is committed, is verified by digest when it is read,
 import contextlib
 import json
 import logging
+import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.collective
 import torch
 
 from gretfound import storage
@@ -22,6 +25,8 @@ from gretfound.errors import StorageError
 
 log = logging.getLogger(__name__)
 _DIGESTS_NAME = "digests-{rank:05d}-of-{num_workers:05d}.json"
+_DIGESTS_PATTERN = "digests-*-of-*.json"
+_UNTRAINED_NAME = "untrained.pt"
 _STATE_TAG = "state"
 
 
@@ -42,6 +47,8 @@ class LocalCheckpoints:
     def save(self, engine: Any, *, images_seen: int, losses: list[float]) -> str:
         """Writes the state beside the older one, renames it when complete, then removes the older one."""
         self._folder_path.mkdir(parents=True, exist_ok=True)
+        for abandoned in self._folder_path.glob(".partial-*"):  # by a process that was killed
+            shutil.rmtree(abandoned)
         target = self._folder_path / _name(images_seen)
         partial = Path(tempfile.mkdtemp(dir=self._folder_path, prefix=".partial-"))
         engine.save_checkpoint(
@@ -99,9 +106,13 @@ class RayCheckpoints:
         Without the wait a worker that dies within the controller's polling interval loses the checkpoint although its
         files are in storage (Ray 2.60; ray-project/ray#54555).
         """
-        name = _name(images_seen)
+        # Never one name twice: Ray removes old checkpoints by their path, and a killed upload leaves parts behind.
+        name = f"{_name(images_seen)}-{ray.train.collective.broadcast_from_rank_zero(secrets.token_hex(4))}"
         with storage.scratch_folder() as folder:
             engine.save_checkpoint(folder, tag=_STATE_TAG, client_state={"images_seen": images_seen, "losses": losses})
+            untrained = _untrained_state(engine)
+            if _rank() == 0:
+                torch.save(untrained, Path(folder) / _UNTRAINED_NAME)
             _write_digests(Path(folder))
             ray.train.report(
                 {"images_seen": images_seen, "loss": losses[-1]},
@@ -130,10 +141,11 @@ def _write_digests(folder: Path) -> None:
 
 def _fault_of(folder: Path) -> str | None:
     """Says what is wrong with a checkpoint's files, None if every worker's part is there and is what was written."""
-    listed = sorted(folder.glob(_DIGESTS_NAME.format(rank=0, num_workers=0).replace("00000", "*")))
-    num_workers = _saved_workers(folder) if listed else 0
-    if not listed or len(listed) != num_workers:
-        return f"found the parts of {len(listed)} workers of {num_workers or 'an unknown number'}"
+    listed = sorted(folder.glob(_DIGESTS_PATTERN))
+    if not listed or len(listed) != _saved_workers(folder):
+        return (
+            f"found the parts of {len(listed)} workers of {_saved_workers(folder) if listed else 'an unknown number'}"
+        )
     for part in listed:
         for name, sha256 in json.loads(part.read_text()).items():
             path = folder / name
@@ -143,20 +155,55 @@ def _fault_of(folder: Path) -> str | None:
 
 
 def _saved_workers(folder: Path) -> int:
-    return int(next(folder.glob("digests-*")).stem.rpartition("-")[2])
+    return int(sorted(folder.glob(_DIGESTS_PATTERN))[0].stem.rpartition("-")[2])
+
+
+def _untrained_state(engine: Any) -> dict[str, torch.Tensor]:
+    """Returns what no optimizer owns, whole: frozen parameters and buffers. Every worker takes part."""
+    state = {name: value for name, value in engine.module.named_buffers() if name in engine.module.state_dict()}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            with _gathered(parameter):
+                state[name] = parameter.detach().cpu().clone()
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+def _set_untrained_state(engine: Any, state: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in engine.module.named_buffers():
+            if name in state:
+                buffer.copy_(state[name])
+        for name, parameter in engine.module.named_parameters():
+            if not parameter.requires_grad:
+                with _gathered(parameter, modifier_rank=0):
+                    parameter.copy_(state[name])
+
+
+def _gathered(parameter: torch.nn.Parameter, **settings: Any) -> Any:
+    """Makes a parameter whole while the block runs, where ZeRO stage 3 has sharded it."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed  # seconds to import, and of no use at a site
+
+    return deepspeed.zero.GatheredParameters([parameter], **settings)
 
 
 def _load(engine: Any, folder: Path) -> dict[str, Any]:
     saved, found = _saved_workers(folder), _world_size()
-    if saved == found:
+    is_sharded = getattr(engine, "zero_optimization_stage", lambda: 0)() > 0
+    if saved == found or not is_sharded:
         _, client_state = engine.load_checkpoint(str(folder))
         return dict(client_state)
     log.info("the checkpoint was saved by %d worker(s); converting it for %d", saved, found)
     with _universal(folder) as converted:
-        # The engine reads this setting when it loads; a run that goes on as it began is quicker without.
+        # DeepSpeed 0.19 has no public way to load a universal checkpoint but from the start of a run, and then leaves
+        # what no optimizer owns as it was built.
         engine._config.load_universal_checkpoint = True
-        _, client_state = engine.load_checkpoint(str(converted), tag=_STATE_TAG)
-        engine._config.load_universal_checkpoint = False
+        try:
+            _, client_state = engine.load_checkpoint(str(converted), tag=_STATE_TAG)
+        finally:
+            engine._config.load_universal_checkpoint = False
+        _set_untrained_state(engine, torch.load(folder / _UNTRAINED_NAME, weights_only=True))
         _wait_for_all()
     return dict(client_state)
 
@@ -165,7 +212,7 @@ def _load(engine: Any, folder: Path) -> dict[str, Any]:
 def _universal(folder: Path) -> Iterator[Path]:
     """Converts ZeRO's parts to DeepSpeed's universal form, once on each node, for the workers of that node."""
     context = ray.train.get_context()
-    converted = Path(tempfile.gettempdir()) / f"gretfound-universal-{context.get_experiment_name()}"
+    converted = Path(tempfile.gettempdir()) / f"gretfound-universal-{os.getuid()}-{context.get_experiment_name()}"
     if context.get_local_rank() == 0:
         shutil.rmtree(converted, ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]

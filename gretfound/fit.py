@@ -29,14 +29,15 @@ import torch
 import torch.utils.checkpoint
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from gretfound import storage
 from gretfound.errors import ConfigError, NonFiniteLoss
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
-NOT_FOR_OBJECTIVE = ("group", "label", "image_key")  # what a run is watched by
+NOT_FOR_OBJECTIVE = ("group", "label", "photograph_key")  # what a run is watched by
+_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}  # unknown to torch 2.14
 MAX_GROUPS = 1024  # sites times origins whose losses are told apart; any further ones share the last place
 
 
@@ -44,16 +45,16 @@ MAX_GROUPS = 1024  # sites times origins whose losses are told apart; any furthe
 class Progress:
     """One point of a run, handed to ``on_progress`` on the first worker only.
 
-    ``flops_per_s`` counts the multiplications and additions of the forward pass three times, as is usual for a step, on
-    all workers together. ``loss_by_group`` has the mean loss since the last point of each ``group`` of the first
-    worker's batches; ``data_wait_share`` and ``images_per_s`` count from this process's first step.
+    ``gradient_norm`` is None where DeepSpeed keeps none (stage 0). ``flops_per_s`` counts the multiplications and additions of the forward pass three times, as is usual for a step, on
+    all workers together. ``loss_by_group`` has, at every thirtieth point, the mean loss of each ``group`` of the first
+    worker's batches since then; ``data_wait_share`` and ``images_per_s`` count from this process's first step.
     """
 
     images_seen: int
     num_images: int
     loss: float
     learning_rate: float
-    gradient_norm: float
+    gradient_norm: float | None
     images_per_s: float
     data_wait_share: float
     flops_per_s: float
@@ -61,8 +62,9 @@ class Progress:
 
     def figures(self, group_names: Sequence[str] = ()) -> dict[str, float]:
         """Returns everything as one flat row for a tracker, the losses of groups as ``loss/NAME``."""
-        flat = {name: value for name, value in asdict(self).items() if name != "loss_by_group"}
-        return flat | {f"loss/{group_names[code]}": loss for code, loss in self.loss_by_group.items()}
+        flat = {name: value for name, value in asdict(self).items() if name != "loss_by_group" and value is not None}
+        names = [*group_names[: MAX_GROUPS - 1], *(["others"] if len(group_names) >= MAX_GROUPS else [])]
+        return flat | {f"loss/{names[code]}": loss for code, loss in self.loss_by_group.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,7 @@ def train(
     num_tail = max(1, num_steps // 20)
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     after_step: Callable[[int], None] | None = getattr(objective, "after_step", None)
-    meter = _Meter(device)
+    meter = _Meter(device, groups_every_s=30 * progress_every_s)
     for step in range(images_seen // batch_size, num_steps):
         share = step * batch_size / num_images
         learning_rate = learning_rate_at(
@@ -221,7 +223,7 @@ def train(
                     num_images=num_images,
                     loss=float(np.mean(losses[-max(1, num_steps // 50) :])),
                     learning_rate=learning_rate,
-                    gradient_norm=float(engine.get_global_grad_norm() or 0.0),
+                    gradient_norm=_gradient_norm_of(engine),
                     **meter.tell(),
                 )
             )
@@ -240,12 +242,12 @@ def train(
 class _Meter:
     """Counts what `Progress` tells: time, waiting, losses over all workers, floating-point operations."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._began_s = self._told_s = time.monotonic()
-        self._waited_s, self._images, self._flops_per_image = 0.0, 0, 0.0
+    def __init__(self, device: str, *, groups_every_s: float) -> None:
+        self._device, self._groups_every_s = device, groups_every_s
+        self._began_s = self._told_s = self._groups_told_s = time.monotonic()
+        self._waited_s, self._images, self._num_steps, self._flops_per_image = 0.0, 0, 0, 0.0
         self._step = torch.zeros(2, device=device)  # the sum and the number of this step's micro-batches' losses
-        self._groups = torch.zeros(2, MAX_GROUPS, device=device)  # sums and counts since the last point
+        self._groups = torch.zeros(2, MAX_GROUPS, device=device)  # sums and counts since they were told
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -258,7 +260,7 @@ class _Meter:
         if self._flops_per_image:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
             yield
         self._flops_per_image = 3.0 * max(counter.get_total_flops(), 1) / images
 
@@ -271,11 +273,15 @@ class _Meter:
 
     def end_step(self, *, images: int) -> float:
         """Returns the step's mean loss over all workers."""
-        self._images += images
         if _is_distributed():
             torch.distributed.all_reduce(self._step)
         mean = float(self._step[0] / self._step[1])
         self._step.zero_()
+        self._num_steps += 1
+        if self._num_steps == 1:  # start-up is over
+            self._began_s, self._waited_s = time.monotonic(), 0.0
+        else:
+            self._images += images
         return mean
 
     def since_told_s(self) -> float:
@@ -283,16 +289,18 @@ class _Meter:
 
     def tell(self) -> dict[str, Any]:
         now_s = self._told_s = time.monotonic()
-        sums, counts = self._groups.cpu().clone()
-        self._groups.zero_()
-        rate = self._images / max(now_s - self._began_s, 1e-9)
+        duration_s = max(now_s - self._began_s, 1e-9)
+        loss_by_group: dict[int, float] = {}
+        if now_s - self._groups_told_s > self._groups_every_s:
+            sums, counts = self._groups.cpu().clone()
+            loss_by_group = {code: float(sums[code] / counts[code]) for code in counts.nonzero().flatten().tolist()}
+            self._groups.zero_()
+            self._groups_told_s = now_s
         return {
-            "images_per_s": rate,
-            "data_wait_share": self._waited_s / max(now_s - self._began_s, 1e-9),
-            "flops_per_s": rate * self._flops_per_image,
-            "loss_by_group": {
-                code: float(sums[code] / counts[code]) for code in torch.nonzero(counts).flatten().tolist()
-            },
+            "images_per_s": self._images / duration_s,
+            "data_wait_share": min(1.0, self._waited_s / duration_s),
+            "flops_per_s": self._images / duration_s * self._flops_per_image,
+            "loss_by_group": loss_by_group,
         }
 
 
@@ -360,7 +368,7 @@ class PlainEngine:
         return float(self._gradient_norm)
 
     def save_checkpoint(self, folder: str, tag: str, client_state: Mapping[str, Any]) -> None:
-        """Writes the trainable parameters, the buffers, the optimizer and ``client_state`` below ``folder``."""
+        """Writes the parameters, the buffers, the optimizer and ``client_state`` below ``folder``."""
         path = Path(folder) / tag / "state.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"objective": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -412,7 +420,7 @@ def run(
         ray.train.TrainingFailedError: If the worker failed more often than ``max_failures``.
     """
     check_resources(
-        num_workers=min_workers or num_workers,
+        num_workers=num_workers,
         cpus_per_worker=cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         data_cpus=data_cpus,
@@ -501,6 +509,11 @@ class _Autocast(nn.Module):
         return loss.float()
 
 
+def _gradient_norm_of(engine: Any) -> float | None:
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
 def _make_engine(
     objective: nn.Module,
     *,
@@ -535,11 +548,12 @@ def _make_engine(
         "gradient_clipping": clip_norm,
         "optimizer": {
             "type": "AdamW",
-            # torch's AdamW on CPU: DeepSpeed's own would be compiled for two minutes at the first start.
+            # torch's AdamW: DeepSpeed's own are compiled at the first start, for which the hub's image has no compiler.
             "params": {
                 "lr": peak_lr,
                 "betas": list(betas),
-                "torch_adam": device == "cpu",
+                "torch_adam": True,
+                "fused": True,
                 "weight_decay": weight_decay,
             },
         },

@@ -24,7 +24,8 @@ from gretfound.fundus import FieldOfView, UnreadablePhotograph
 from gretfound.lineage import Corpus
 
 WINDOW_IMAGES = 1024  # at least four row groups: enough to mix sites, few enough to hold as crops
-SEGMENT_IMAGES = 2**20  # images of one Ray Data execution: its plan must not grow with the run
+SEGMENT_IMAGES = 2**23  # images of one Ray Data execution: 8,192 small tasks; its plan must not grow with the run
+MAX_UNREADABLE = 256  # in a row: that is no damaged photograph but a damaged shard
 _IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px", "dr"]
 
 
@@ -125,7 +126,9 @@ class Order:
         numbers stay as they are, and the sum is the same in every epoch, so positions can be found without a count.
         """
         sums = np.concatenate([[0.0], np.cumsum(self._expected[:, phase])])
-        sums[-1] = self._epoch_draws[phase]
+        last_drawn = int(np.flatnonzero(self._expected[:, phase])[-1])
+        sums = np.minimum(sums, self._epoch_draws[phase])
+        sums[last_drawn + 1 :] = self._epoch_draws[phase]
         num_draws = np.diff(np.floor(sums + self._rng(phase, epoch, 3).random())).astype(np.int64)
         drawn = np.flatnonzero(num_draws)
         row_groups = drawn[self._rng(phase, epoch, 0).permutation(len(drawn))]
@@ -232,7 +235,7 @@ def stream(
             f"batch_size={batch_size}"
         )
     corpus_id, images_per_block = record.id, batch_size // num_workers
-    first_window, *_ = windows = plan_of(hub_uri, corpus_id, seed, batch_size)[1].windows(start, end)
+    windows = plan_of(hub_uri, corpus_id, seed, batch_size)[1].windows(start, end)
 
     def read(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         manifest, order = plan_of(hub_uri, corpus_id, seed, batch_size)
@@ -241,7 +244,7 @@ def stream(
                 hub_uri,
                 manifest,
                 order,
-                first_window + place,
+                windows.start + place,
                 start=start,
                 end=end,
                 views=views,
@@ -263,32 +266,37 @@ def stream(
 
 
 def torch_batches(
-    iterator: ray.data.DataIterator, *, images_per_batch: int, rejected: dict[int, str] | None = None
+    iterator: ray.data.DataIterator, *, images_per_batch: int, rejected: set[str] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields one worker's batches of `stream` as tensors: the views, ``position``, ``group``, ``label``, ``image_key``.
+    """Yields one worker's batches of `stream` as tensors: the views, ``position``, ``group``, ``label``, and a key.
 
-    ``image_key`` int64 is the start of the photograph's id: equal for two draws of one photograph.
+    ``photograph_key`` int64 is the start of the photograph's id: equal for two draws of one photograph.
 
     Args:
         iterator: This worker's iterator.
         images_per_batch: Images a batch; the last one of a stream is full too.
-        rejected: Receives the position and id of each photograph that could not be decoded; it is in no batch.
+        rejected: Receives the id of each photograph that could not be decoded. It is in no batch, but for a batch of
+            nothing else: that is passed on black, so that every worker takes each step.
+
+    Raises:
+        LineageError: If `MAX_UNREADABLE` photographs in a row cannot be decoded.
     """
+    num_unreadable = 0
     for batch in iterator.iter_batches(batch_size=images_per_batch, batch_format="numpy", prefetch_batches=2):
         readable = batch["is_readable"]
         if rejected is not None:
-            for place in np.flatnonzero(~readable):
-                rejected[int(batch["position"][place])] = str(batch["image_id"][place])
-        if not readable.any():
+            rejected.update(str(image_id) for image_id in batch["image_id"][~readable])
+        num_unreadable = 0 if readable.any() else num_unreadable + len(readable)
+        if num_unreadable >= MAX_UNREADABLE:
             raise LineageError(
-                f"none of {len(readable)} photographs in a row could be decoded; verify the shards' digests"
+                f"none of {num_unreadable} photographs in a row could be decoded; verify the shards' digests"
             )
-        if not readable.all():
+        if readable.any() and not readable.all():
             batch = {name: values[readable] for name, values in batch.items()}
-        image_key = np.array([int(image_id[:15], 16) for image_id in batch["image_id"]])
+        photograph_key = np.array([int(image_id[:15], 16) for image_id in batch["image_id"]])
         yield {
             name: torch.from_numpy(np.array(values))
-            for name, values in (batch | {"image_key": image_key}).items()
+            for name, values in (batch | {"photograph_key": photograph_key}).items()
             if name not in ("is_readable", "image_id")
         }
 

@@ -6,7 +6,8 @@ Ray Data streams and augments the corpus, Ray Train runs DeepSpeed ZeRO. A kille
 checkpoint when the same command is run again. Records one Encoder and prints its id.
 """
 
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks what spans keys."""
+        if (
+            self.cluster.min_workers > self.cluster.num_workers
+            or min(self.crops.num_local, self.cluster.min_workers) < 0
+        ):
+            raise ConfigError(
+                f"found cluster.min_workers={self.cluster.min_workers}, cluster.num_workers={self.cluster.num_workers} "
+                f"and crops.num_local={self.crops.num_local}; required min_workers up to num_workers, none below 0"
+            )
         for num_workers in range(self.cluster.min_workers or self.cluster.num_workers, self.cluster.num_workers + 1):
             if self.fit.batch_size % (num_workers * self.fit.accumulation):
                 raise ConfigError(
@@ -145,13 +154,16 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
     config: Config = settings["config"]
     hub_uri, run_uri = settings["hub_uri"], settings["run_uri"]
     worker = ray.train.get_context()
-    rejected: dict[int, str] = {}
+    is_first = worker.get_world_rank() == 0
+    rejected: set[str] = set()
+    rejected_uri = storage.join(run_uri, "rejected", f"{worker.get_world_rank():05d}-{secrets.token_hex(4)}.json")
+    num_written = 0
 
     def batches(start: int) -> Iterator[Any]:
         corpus = storage.read_record(hub_uri, config.corpus_id, Corpus)
         for first, end in ingest.segments(start, config.num_images_seen, batch_size=config.fit.batch_size):
             iterators = None
-            if worker.get_world_rank() == 0:
+            if is_first:
                 iterators = ingest.stream(
                     hub_uri,
                     corpus,
@@ -172,14 +184,28 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
         run_id=settings["run_id"],
         project=config.project,
         settings=canonical(config),
-        is_active=worker.get_world_rank() == 0,
+        is_active=is_first,
     )
-    _, order = ingest.plan_of(hub_uri, config.corpus_id, config.seed, config.fit.batch_size)
-    group_names = ["/".join(group) for group in order.groups]
     with tracker, storage.scratch_folder() as folder:
         weights_path = fetch_initial_weights(hub_uri, config.initial_weights_uri, Path(folder))
         objective = build_objective(config, initial_weights_path=weights_path)
         monitor = Monitor(objective)
+        groups = (
+            ingest.plan_of(hub_uri, config.corpus_id, config.seed, config.fit.batch_size)[1].groups if is_first else []
+        )
+        group_names = ["/".join(group) for group in groups]
+
+        def watch(batch: Mapping[str, Any]) -> None:
+            nonlocal num_written
+            if is_first:
+                monitor.observe(batch)
+            if len(rejected) > num_written:
+                storage.write_json(rejected_uri, sorted(rejected))
+                num_written = len(rejected)
+
+        def tell(progress: fit.Progress) -> None:
+            tracker.write(progress.figures(group_names) | monitor.figures() | {"num_rejected": len(rejected)})
+
         summary = fit.train(
             objective,
             batches,
@@ -199,13 +225,10 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
             seed=config.seed,
             checkpoints=RayCheckpoints(fit.train_uri(run_uri, settings["run_id"])),
             checkpoint_every_images=config.fit.checkpoint_every_images,
-            on_batch=monitor.observe,
-            on_progress=lambda progress: tracker.write(progress.figures(group_names) | monitor.figures()),
+            on_batch=watch,
+            on_progress=tell,
         )
-    if rejected:
-        name = f"{worker.get_world_rank():05d}-{min(rejected):015d}.json"
-        storage.write_json(storage.join(run_uri, "rejected", name), {str(place): rejected[place] for place in rejected})
-    if worker.get_world_rank() == 0:
+    if is_first:
         write_encoder(config, summary, storage.join(run_uri, "encoder"))
 
 
@@ -247,14 +270,19 @@ def main(argv: list[str]) -> str:
 
     hub_uri = storage.normalised(config.hub_uri)
     corpus = storage.read_record(hub_uri, config.corpus_id, Corpus)
-    check_uncontaminated(hub_uri, corpus)
     settings = {
         name: value for name, value in canonical(config).items() if name not in ("hub_uri", "cluster", "project")
     }
+    with storage.scratch_folder() as folder:  # what is under a name may change: the digest is part of the recipe
+        weights_path = fetch_initial_weights(hub_uri, config.initial_weights_uri, Path(folder))
+        if weights_path and not config.starts_from_encoder:
+            files = [weights_path] if weights_path.is_file() else sorted(weights_path.rglob("*.safetensors"))
+            settings["initial_weights_sha256"] = [storage.sha256_of(path) for path in files]
     parents = (corpus.id, *([config.initial_weights_uri] if config.starts_from_encoder else []))
     recipe = lineage.recipe_id("pretrain_encoder", settings, list(parents))
     if finished := storage.finished_record(hub_uri, recipe, Encoder):
         return finished.id
+    check_uncontaminated(hub_uri, corpus)
     run_uri = storage.run_uri(hub_uri, recipe)
     storage.write_bytes(storage.join(run_uri, "config.yaml"), to_yaml(config).encode())
     console.start_ray()

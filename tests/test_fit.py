@@ -33,7 +33,7 @@ def image_at(position: int) -> Tensor:
 
 
 def batches_of(rank: int, num_workers: int, micro_batch: int) -> Callable[[int], Iterator[dict[str, Tensor]]]:
-    """Deals positions as `gretfound.corpus.stream` does: of each step a stretch to each worker, in micro-batches."""
+    """Deals positions as `gretfound.ingest.stream` does: of each step a stretch to each worker, in micro-batches."""
     share = BATCH_SIZE // num_workers
 
     def batches(start: int) -> Iterator[dict[str, Tensor]]:
@@ -203,7 +203,6 @@ def test_train__protocol_of_an_objective() -> None:
         batch_size=4,
         peak_lr=0.1,
         weight_decay=1.0,
-        final_weight_decay=1.0,
         on_batch=lambda batch: taken.append(batch["group"].tolist()),
         on_progress=told.append,
         progress_every_s=-1.0,
@@ -276,8 +275,18 @@ def every_zero_stage(settings: dict[str, Any]) -> None:
             **SETTINGS,
         )
         if rank == 0:
-            norms = {name: float(weight.norm()) for name, weight in summary.weights.items()}
-            storage.write_json(f"{settings['folder']}/{stage}.json", {"losses": losses, "norms": norms})
+            storage.write_json(f"{settings['folder']}/{stage}.json", losses)
+            torch.save(summary.weights, f"{settings['folder']}/{stage}.pt")
+
+
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compares every weight but the biases of keys: they change no output, so that theirs is a gradient of rounding."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        rows = slice(0, len(weight) // 3) if name.endswith("attn.qkv.bias") else slice(None)
+        torch.testing.assert_close(
+            found[name][rows], weight[rows], rtol=1e-2, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -294,11 +303,10 @@ def test_run__zero_0_1_2_3_on_two_workers_equal_plain_pytorch(tmp_path: Path) ->
     summary = fit.train(autoencoder(), batches_of(0, 1, 8), **SETTINGS)
     expected = plain_losses()
     for stage in (0, 1, 2, 3):
-        found = storage.read_json(str(tmp_path / "losses" / f"{stage}.json"))
-        np.testing.assert_allclose(found["losses"], expected, rtol=2e-4, err_msg=f"ZeRO stage {stage}")
-        assert found["norms"].keys() == summary.weights.keys()
-        for name, weight in summary.weights.items():
-            assert found["norms"][name] == pytest.approx(float(weight.norm()), rel=1e-3), (stage, name)
+        losses = storage.read_json(str(tmp_path / "losses" / f"{stage}.json"))
+        np.testing.assert_allclose(losses, expected, rtol=2e-4, err_msg=f"ZeRO stage {stage}")
+        weights = torch.load(tmp_path / "losses" / f"{stage}.pt", weights_only=True)
+        assert_same_weights(weights, summary.weights)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -62,7 +62,7 @@ def draw_views(
         top, bottom = _clipped(field_of_view.y_px, field_of_view.radius_px, height)
     drawn: list[tuple[str, tuple[float, float, float, float], bool]] = []
     for name, view in views.items():
-        for _ in range(view.number or 1):
+        for _ in range(1 if view.number is None else view.number):
             x0, y0, x1, y1 = draw_crop(right - left, bottom - top, scale=view.scale, ratio=ASPECT_RATIO, rng=rng)
             drawn.append((name, (x0 + left, y0 + top, x1 + left, y1 + top), rng.random() < 0.5))
     smallest = min(min(x1 - x0, y1 - y0) / views[name].size_px for name, (x0, y0, x1, y1), _ in drawn)
@@ -76,16 +76,17 @@ def draw_views(
             pixels_CHW[None, :, rows, columns], size=(views[name].size_px,) * 2, mode="bicubic", antialias=True
         )[0]
         crops[name].append(_recoloured(crop.flip(-1) if is_flipped else crop, views[name].colour, rng))
-    return {
-        name: (torch.stack(crops[name]) if view.number else crops[name][0].contiguous()).numpy()
-        for name, view in views.items()
-    }
+    taken = blank_views(views)  # a view of no crops keeps its shape
+    for name, view in views.items():
+        if crops[name]:
+            taken[name] = (crops[name][0] if view.number is None else torch.stack(crops[name])).contiguous().numpy()
+    return taken
 
 
 def blank_views(views: Mapping[str, View]) -> dict[str, np.ndarray]:
     """Returns black crops in the shapes of `draw_views`."""
     return {
-        name: np.zeros((*([view.number] if view.number else []), 3, view.size_px, view.size_px), dtype=np.uint8)
+        name: np.zeros((*([] if view.number is None else [view.number]), 3, view.size_px, view.size_px), dtype=np.uint8)
         for name, view in views.items()
     }
 

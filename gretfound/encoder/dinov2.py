@@ -56,7 +56,8 @@ class SelfDistillation(nn.Module):
         final_teacher_temperature: After the warm-up.
         teacher_temperature_warmup_images: Length of that linear warm-up; 30 epochs of 1,250 steps of 1,024 images.
         sinkhorn_iterations: Rounds of centring; 0 leaves the teacher uncentred, which invites collapse.
-        frozen_images: Images before the prototypes begin to learn; one epoch of 1,250 steps of 1,024 images.
+        frozen_images: Images before the prototypes begin to learn; one epoch of 1,250 steps of 1,024 images. Until then
+            their gradient is 0, not absent, so that AdamW's second moment is small in their first steps.
         class_weight: Weight of the loss on class tokens.
         patch_weight: Weight of the loss on masked patches.
         koleo_weight: Weight of the spreading regulariser, summed over the two global crops.

@@ -93,16 +93,16 @@ class Monitor:
     """
 
     def __init__(
-        self, objective: Any, *, capacity: int = 2048, every_s: float = 30.0, num_neighbours: int = 20
+        self, objective: Any, *, capacity: int = 2048, every_s: float = 60.0, num_neighbours: int = 20
     ) -> None:
         self._objective, self._capacity, self._every_s = objective, capacity, every_s
         self._num_neighbours, self._told_at_s = num_neighbours, time.monotonic()
         self._kept: deque[tuple[Tensor, Tensor, Tensor]] = deque()
 
     def observe(self, batch: Mapping[str, Tensor]) -> None:
-        """Takes the features of the batch that the objective has just seen, with its ``label`` and ``image_key``."""
+        """Takes the features of the batch that the objective has just seen, with its ``label`` and ``photograph_key``."""
         features = self._objective.features
-        self._kept.append((features.float().cpu(), batch["label"].cpu(), batch["image_key"].cpu()))
+        self._kept.append((features.float().cpu(), batch["label"].cpu(), batch["photograph_key"].cpu()))
         while sum(len(labels) for _, labels, _ in self._kept) > self._capacity + len(features):
             self._kept.popleft()
 
@@ -114,9 +114,11 @@ class Monitor:
         if not self._kept or time.monotonic() - self._told_at_s < self._every_s:
             return figures
         self._told_at_s = time.monotonic()
-        features_BD, label, image_key = (torch.cat(each) for each in zip(*self._kept, strict=True))
+        features_BD, label, photograph_key = (torch.cat(each) for each in zip(*self._kept, strict=True))
         figures["health/rank_me"] = rank = rank_me(features_BD)
-        if (probe := referable_probe(features_BD, label, image_key, num_neighbours=self._num_neighbours)) is not None:
+        if (
+            probe := referable_probe(features_BD, label, photograph_key, num_neighbours=self._num_neighbours)
+        ) is not None:
             figures["health/knn_referable_dr_auroc"] = probe
         if last_figures := getattr(self._objective, "last_figures", None):
             diagnosis = collapse(last_figures, num_prototypes=self._objective.prototypes, embedding_rank=rank)
@@ -126,7 +128,9 @@ class Monitor:
         return figures
 
 
-def referable_probe(features_BD: Tensor, label: Tensor, image_key: Tensor, *, num_neighbours: int = 20) -> float | None:
+def referable_probe(
+    features_BD: Tensor, label: Tensor, photograph_key: Tensor, *, num_neighbours: int = 20
+) -> float | None:
     """Returns the AUROC of a nearest-neighbour probe for referable retinopathy (ICDR 2 and above), leaving one out.
 
     Source: the weighted k-NN probe of DINO (arXiv:2104.14294, section 4.1), temperature 0.07; with 20 neighbours.
@@ -134,7 +138,7 @@ def referable_probe(features_BD: Tensor, label: Tensor, image_key: Tensor, *, nu
     Args:
         features_BD: Features.
         label: ICDR grades (B,), -1 where unknown.
-        image_key: Which draws are of the same photograph (B,): none of them is a neighbour of another.
+        photograph_key: Which draws are of the same photograph (B,): none of them is a neighbour of another.
 
     Returns:
         None where fewer than 50 are labelled or one class is absent.
@@ -144,7 +148,7 @@ def referable_probe(features_BD: Tensor, label: Tensor, image_key: Tensor, *, nu
     if len(positive) < 50 or positive.min() == positive.max():
         return None
     unit_BD = torch.nn.functional.normalize(features_BD[is_labelled].double() - features_BD.double().mean(0), dim=1)
-    keys = image_key[is_labelled]
+    keys = photograph_key[is_labelled]
     similarity_BB = (unit_BD @ unit_BD.T).masked_fill(keys[:, None] == keys[None], -torch.inf)
     nearest, place = similarity_BB.topk(min(num_neighbours, len(positive) - 1), dim=1)
     weight = (nearest / 0.07).softmax(dim=1)

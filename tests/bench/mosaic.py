@@ -1,6 +1,7 @@
 """The ingest benchmark's peer on mosaicml-streaming; runs in the environment of mosaic.sh, not in the project's.
 
-mosaic.py PHOTOGRAPHS FOLDER SIZE_PX BATCH_SIZE EPOCHS WORKERS; the last word that it prints is images a second.
+mosaic.py PHOTOGRAPHS FOLDER SIZE_PX BATCH_SIZE SHORT LONG WORKERS; the last word that it prints is images a second: those
+of LONG epochs over the time that they take more than SHORT ones.
 """
 
 import sys
@@ -35,7 +36,7 @@ class Photographs(StreamingDataset):
 def main() -> None:
     """Writes the photographs as MDS, then reads them for some epochs."""
     photographs, folder = Path(sys.argv[1]), sys.argv[2]
-    size_px, batch_size, epochs, workers = map(int, sys.argv[3:7])
+    size_px, batch_size, short, long, workers = map(int, sys.argv[3:8])
     with MDSWriter(out=folder, columns={"image": "jpeg"}) as writer:
         from PIL import Image
 
@@ -44,15 +45,13 @@ def main() -> None:
                 opened.load()
                 opened.filename = str(path)
                 writer.write({"image": opened})
-    seen, took_s = 0, 0.0
     loader = DataLoader(Photographs(folder, size_px, batch_size), batch_size=batch_size, num_workers=workers)
-    for _ in range(epochs):
-        batches = iter(loader)
-        next(batches)
+    seen, took_s = [], []
+    for epochs in (short, long):
         began_s = time.perf_counter()
-        seen += sum(len(batch) for batch in batches)
-        took_s += time.perf_counter() - began_s
-    print(seen / took_s)
+        seen.append(sum(len(batch) for _ in range(epochs) for batch in loader))
+        took_s.append(time.perf_counter() - began_s)
+    print((seen[1] - seen[0]) / (took_s[1] - took_s[0]))
 
 
 if __name__ == "__main__":

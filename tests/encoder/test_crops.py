@@ -78,6 +78,15 @@ def test_draw_views__many_crops_of_one_decode(photograph: np.ndarray) -> None:
     assert not np.array_equal(grey["global_crop"], crops["global_crop"]), "colours change with the strength"
 
 
+def test_draw_views__a_view_of_no_crops(photograph: np.ndarray) -> None:
+    views = {
+        "global_crop": View(size_px=64, scale=(0.32, 1.0), number=2),
+        "local_crop": View(size_px=32, scale=(0.05, 0.32), number=0),
+    }
+    crops = draw_views(encoded(photograph, "JPEG"), field_of_view=None, views=views, rng=np.random.default_rng(0))
+    assert crops["global_crop"].shape == (2, 3, 64, 64) and crops["local_crop"].shape == (0, 3, 32, 32)
+
+
 def test_draw_views__nothing_outside_the_field_of_view(photograph: np.ndarray) -> None:
     wide = np.full((SIDE_PX, 2 * SIDE_PX, 3), 255, dtype=np.uint8)
     wide[:, SIDE_PX // 2 : SIDE_PX // 2 + SIDE_PX] = 40
