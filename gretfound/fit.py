@@ -29,7 +29,7 @@ import torch
 import torch.utils.checkpoint
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from gretfound import storage
 from gretfound.errors import ConfigError, NonFiniteLoss
@@ -37,7 +37,6 @@ from gretfound.errors import ConfigError, NonFiniteLoss
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 NOT_FOR_OBJECTIVE = ("group", "label", "photograph_key")  # what a run is watched by
-_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}  # unknown to torch 2.14
 MAX_GROUPS = 1024  # sites times origins whose losses are told apart; any further ones share the last place
 
 
@@ -45,9 +44,10 @@ MAX_GROUPS = 1024  # sites times origins whose losses are told apart; any furthe
 class Progress:
     """One point of a run, handed to ``on_progress`` on the first worker only.
 
-    ``gradient_norm`` is None where DeepSpeed keeps none (stage 0). ``flops_per_s`` counts the multiplications and additions of the forward pass three times, as is usual for a step, on
-    all workers together. ``loss_by_group`` has, at every thirtieth point, the mean loss of each ``group`` of the first
-    worker's batches since then; ``data_wait_share`` and ``images_per_s`` count from this process's first step.
+    ``gradient_norm`` is None where DeepSpeed keeps none (stage 0). ``flops_per_s`` counts the multiplications and
+    additions of the forward pass three times, as is usual for a step, on all workers together. ``loss_by_group`` has,
+    at every thirtieth point, the mean loss of each ``group`` of the first worker's batches since then;
+    ``data_wait_share`` and ``images_per_s`` count from the end of this process's first step.
     """
 
     images_seen: int
@@ -237,6 +237,14 @@ def train(
         final_loss=float(np.mean(losses[-num_tail:])),
         weights=_whole_weights(engine, objective),
     )
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+# torch 2.14's counter knows the fused attention of GPUs only.
+_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class _Meter:

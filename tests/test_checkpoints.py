@@ -227,7 +227,9 @@ def teach(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize(
+    "zero_stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_restore__the_teacher_survives_another_number_of_workers(tmp_path: Path, zero_stage: int) -> None:
     run_uri = str(tmp_path)
     for num_workers in (2, 1):  # the second run has nothing left to learn: it ends with what it has restored

@@ -100,7 +100,7 @@ class Monitor:
         self._kept: deque[tuple[Tensor, Tensor, Tensor]] = deque()
 
     def observe(self, batch: Mapping[str, Tensor]) -> None:
-        """Takes the features of the batch that the objective has just seen, with its ``label`` and ``photograph_key``."""
+        """Takes the features of the batch that the objective has just seen, with its labels and photographs' keys."""
         features = self._objective.features
         self._kept.append((features.float().cpu(), batch["label"].cpu(), batch["photograph_key"].cpu()))
         while sum(len(labels) for _, labels, _ in self._kept) > self._capacity + len(features):

@@ -2,8 +2,9 @@
 
 All read the same JPEGs of 1,068 x 712 px into random crops of 224 px, normalised, on all cores of this machine: this
 ingest from disk and from an S3 server on loopback; torch's DataLoader with ImageFolder and RandomResizedCrop, as
-RETFound A rate is what a longer run takes more than a shorter one, so that neither start-up nor what was read ahead counts. The same run measures the error of decoding at a
-reduced scale, and the memory for one and for ten times the images.
+RETFound reads; webdataset; mosaicml-streaming, in an environment of its own; and the bare decode loop as the limit.
+A rate is what a longer run takes more than a shorter one, so that neither start-up nor what was read ahead counts. The
+same run measures the error of decoding at a reduced scale, and the memory for one and for ten times the images.
 """
 
 import contextlib

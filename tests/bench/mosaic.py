@@ -1,7 +1,7 @@
 """The ingest benchmark's peer on mosaicml-streaming; runs in the environment of mosaic.sh, not in the project's.
 
-mosaic.py PHOTOGRAPHS FOLDER SIZE_PX BATCH_SIZE SHORT LONG WORKERS; the last word that it prints is images a second: those
-of LONG epochs over the time that they take more than SHORT ones.
+mosaic.py PHOTOGRAPHS FOLDER SIZE_PX BATCH_SIZE SHORT LONG WORKERS; the last word that it prints is images a second:
+those of LONG epochs over the time that they take more than SHORT ones.
 """
 
 import sys
