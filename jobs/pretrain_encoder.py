@@ -113,13 +113,11 @@ def build_objective(config: Config, *, initial_weights_path: Path | None = None)
     return objective
 
 
-def fetch_initial_weights(hub_uri: str, uri: str, folder: Path) -> Path | None:
+def fetch_initial_weights(hub_uri: str, uri: str, folder: Path) -> Path:
     """Brings the weights that a run starts from to this machine: an encoder of the hub, or a file of any importer."""
     from gretfound import storage
     from gretfound.lineage import Encoder
 
-    if not uri:
-        return None
     if uri.startswith(ENCODER_ID_PREFIX):
         return storage.fetch_folder(hub_uri, storage.read_record(hub_uri, uri, Encoder), folder)
     if path := storage.local_path(uri):
@@ -187,7 +185,8 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
         is_active=is_first,
     )
     with tracker, storage.scratch_folder() as folder:
-        weights_path = fetch_initial_weights(hub_uri, config.initial_weights_uri, Path(folder))
+        uri = config.initial_weights_uri
+        weights_path = fetch_initial_weights(hub_uri, uri, Path(folder)) if uri else None
         objective = build_objective(config, initial_weights_path=weights_path)
         monitor = Monitor(objective)
         groups = (
@@ -273,11 +272,11 @@ def main(argv: list[str]) -> str:
     settings = {
         name: value for name, value in canonical(config).items() if name not in ("hub_uri", "cluster", "project")
     }
-    with storage.scratch_folder() as folder:  # what is under a name may change: the digest is part of the recipe
-        weights_path = fetch_initial_weights(hub_uri, config.initial_weights_uri, Path(folder))
-        if weights_path and not config.starts_from_encoder:
-            files = [weights_path] if weights_path.is_file() else sorted(weights_path.rglob("*.safetensors"))
-            settings["initial_weights_sha256"] = [storage.sha256_of(path) for path in files]
+    if config.initial_weights_uri and not config.starts_from_encoder:
+        with storage.scratch_folder() as folder:  # what is under a name may change: its digest is part of the recipe
+            path = fetch_initial_weights(hub_uri, config.initial_weights_uri, Path(folder))
+            files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+            settings["initial_weights_sha256"] = [storage.sha256_of(each) for each in files]
     parents = (corpus.id, *([config.initial_weights_uri] if config.starts_from_encoder else []))
     recipe = lineage.recipe_id("pretrain_encoder", settings, list(parents))
     if finished := storage.finished_record(hub_uri, recipe, Encoder):

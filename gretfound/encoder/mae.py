@@ -111,8 +111,12 @@ class MaskedAutoencoder(nn.Module):
         """Cuts images (B, 3, H, W) into patches (B, L, P), each in the channel order of the patch embedding."""
         return F.unfold(image, self.patch_size, stride=self.patch_size).transpose(1, 2)
 
-    def split(self, position: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, position: Tensor, *, predicted_share: float | None = None) -> tuple[Tensor, Tensor]:
         """Draws which patches stay visible, as a function of the mask seed and each image's position alone.
+
+        Args:
+            position: int64 (B,).
+            predicted_share: Instead of the objective's own.
 
         Returns:
             Indices (B, K) of kept and (B, M) of masked patches, of these only the share that is predicted.
@@ -125,7 +129,8 @@ class MaskedAutoencoder(nn.Module):
         )
         order = torch.from_numpy(noise.argsort(axis=1)).to(position.device)
         num_kept = int(self.num_patches * (1 - self.mask_ratio))
-        num_predicted = max(1, round((self.num_patches - num_kept) * self.predicted_share))
+        share = self.predicted_share if predicted_share is None else predicted_share
+        num_predicted = max(1, round((self.num_patches - num_kept) * share))
         return order[:, :num_kept], order[:, num_kept : num_kept + num_predicted]
 
     def encode(self, patch_BLP: Tensor, kept_BK: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ def reconstruct(objective: MaskedAutoencoder, image: Tensor, *, position: int = 
     """
     normalised = objective.normalised(image)
     patch_BLP = objective.patches(normalised)
-    kept_BK, masked_BM = objective.split(torch.arange(position, position + len(image)))
+    kept_BK, masked_BM = objective.split(torch.arange(position, position + len(image)), predicted_share=1.0)
     predicted_BMP = objective.predict(patch_BLP, kept_BK, masked_BM)
     if objective.normalise_patches:
         target_BMP = _gathered(patch_BLP, masked_BM)

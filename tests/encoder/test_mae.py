@@ -157,3 +157,10 @@ def test_reconstruct__visible_patches_are_the_photographs_own(normalise_patches:
             original = image[index, :, row : row + 8, column : column + 8].permute(1, 2, 0).numpy()
             for picture in (masked_picture, reconstruction):
                 np.testing.assert_array_equal(picture[index, row : row + 8, column : column + 8], original)
+
+
+def test_reconstruct__hides_what_the_loss_leaves_out_too() -> None:
+    image = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    whole, subset = (reconstruct(small_autoencoder(predicted_share=share), image)[0] for share in (1.0, 0.25))
+    np.testing.assert_array_equal(whole, subset)
+    assert (subset == 255).mean() < 0.3
