@@ -425,6 +425,7 @@ def run(
 
     Raises:
         ConfigError: If the cluster can never hold the workers and the data tasks.
+        NonFiniteLoss: If training diverged; it is not restarted, since it would diverge again.
         ray.train.TrainingFailedError: If the worker failed more often than ``max_failures``.
     """
     check_resources(
@@ -436,8 +437,15 @@ def run(
     )
     opened, path = storage.filesystem(storage.join(run_uri, "train"))
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
+
+    def diverging_once(settings: dict[str, Any]) -> Any:
+        try:
+            return worker(settings)
+        except NonFiniteLoss as error:  # on every worker alike; raised, it would count as a failure to recover from
+            return error
+
     trainer = ray.train.torch.TorchTrainer(
-        worker,
+        diverging_once,
         train_loop_config=worker_settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=(min_workers, num_workers) if min_workers else num_workers,
@@ -455,7 +463,10 @@ def run(
             ),
         ),
     )
-    return trainer.fit()
+    result = trainer.fit()
+    if isinstance(result.return_value, NonFiniteLoss):
+        raise result.return_value
+    return result
 
 
 def train_uri(run_uri: str, name: str) -> str:

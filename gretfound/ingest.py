@@ -164,34 +164,38 @@ def read_window(
     window_start = window * order.window_images
     first = max(0, start - window_start)
     draws = list(enumerate(order.draws(window)))[first : end - window_start]
-    rows: list[dict[str, Any]] = [{} for _ in draws]
     by_row_group: dict[int, list[tuple[int, int]]] = {}
     for offset, (row_group, row) in draws:
-        by_row_group.setdefault(row_group, []).append((offset, row))
+        by_row_group.setdefault(row_group, []).append((offset - first, row))
+    taken: dict[str, np.ndarray] = {
+        **{name: np.zeros((len(draws), *blank.shape), np.uint8) for name, blank in blank_views(views).items()},
+        "position": np.arange(window_start + first, window_start + first + len(draws)),
+        "group": np.zeros(len(draws), np.int64),
+        "label": np.full(len(draws), -1, np.int64),
+        "is_readable": np.ones(len(draws), np.bool_),
+        "image_id": np.zeros(len(draws), "U64"),
+    }
     for row_group, places in by_row_group.items():
         held = _read_row_group(hub_uri, manifest, row_group)
-        for offset, row in places:
-            position = window_start + offset
+        for place, row in places:
+            taken["group"][place] = order.group_codes[row_group]
+            taken["image_id"][place] = held["image_id"][row]
+            if held["dr"][row] is not None:
+                taken["label"][place] = held["dr"][row]
             try:
                 crops = draw_views(
                     held["image"][row],
                     field_of_view=_field_of_view(held, row),
                     views=views,
-                    rng=np.random.default_rng([seed, position]),
+                    rng=np.random.default_rng([seed, taken["position"][place]]),
                 )
-                is_readable = True
             except UnreadablePhotograph:
-                crops, is_readable = blank_views(views), False
-            rows[offset - first] = crops | {
-                "position": position,
-                "group": order.group_codes[row_group],
-                "label": -1 if held["dr"][row] is None else int(held["dr"][row]),
-                "is_readable": is_readable,
-                "image_id": held["image_id"][row],
-            }
-    for place in range(0, len(rows), images_per_block):
-        block = rows[place : place + images_per_block]
-        yield {name: np.stack([row[name] for row in block]) for name in block[0]}
+                taken["is_readable"][place] = False
+                continue
+            for name, crop in crops.items():
+                taken[name][place] = crop
+    for place in range(0, len(draws), images_per_block):
+        yield {name: values[place : place + images_per_block] for name, values in taken.items()}
 
 
 def segments(start: int, end: int, *, batch_size: int) -> Iterator[tuple[int, int]]:
@@ -256,13 +260,18 @@ def stream(
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(1.0, data_cpus))
     context.enable_progress_bars = False
+    # What `read` yields stays a block as it is: a batch is larger than this, and smaller than the 1.5 times at which Ray
+    # Data 2.60 cuts. A repartition would join and cut, and copy, every photograph several times more.
+    context.target_max_block_size = int(0.75 * images_per_block * _row_bytes(views))
     places = ray.data.range(len(windows), override_num_blocks=len(windows))
     crops = places.map_batches(read, batch_size=1, num_cpus=min(1.0, data_cpus))
-    # Every window is a whole number of blocks, so this cuts within a task: a strict repartition would be an operator of
-    # its own, which waits for a CPU until the last window is read when there is only one (Ray 2.60).
-    blocks = crops.repartition(target_num_rows_per_block=images_per_block, strict=False)
-    iterators: list[ray.data.DataIterator] = blocks.streaming_split(num_workers, equal=True)
+    iterators: list[ray.data.DataIterator] = crops.streaming_split(num_workers, equal=True)
     return iterators
+
+
+def _row_bytes(views: Mapping[str, View]) -> int:
+    """Returns the bytes of a photograph in `stream`: its crops, three integers, a bit and an id of 64 letters."""
+    return sum(blank.nbytes for blank in blank_views(views).values()) + 92
 
 
 def torch_batches(

@@ -45,6 +45,7 @@ class TrainingConfig:
     learning_rate: float = setting(1e-3, "peak learning rate")
     caption_dropout: float = setting(0.1, "share of images that see the empty caption")
     min_snr_gamma: float | None = setting(None, "min-SNR weighting; null: all times weigh alike")
+    average_decay: float = setting(0.9999, "of the moving average of the weights that is kept, per step; 0: the last")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 from gretfound.config import describe
 from gretfound.errors import GretfoundError
 
+# glibc hands arrays of more than 32 MiB back to the system at once, and pages that are new again cost more than what is
+# done with them (docs/log.md). Workers keep theirs.
+KEEPS_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
 
 def run(schema: type, main: Callable[[list[str]], str]) -> NoReturn:
     """Runs a job as a command and exits; the record's id is the last line of stdout.
@@ -44,8 +48,12 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(os.environ.get("GRETFOUND_LOG", "INFO"))
 
 
-def start_ray() -> None:
-    """Joins the cluster that runs this job (`RAY_ADDRESS`), or starts one on this machine; does nothing if joined."""
+def start_ray(**settings: Any) -> None:
+    """Joins the cluster that runs this job (`RAY_ADDRESS`), or starts one on this machine; does nothing if joined.
+
+    Args:
+        settings: Further ones of `ray.init`.
+    """
     import ray
     import ray.data
 
@@ -57,7 +65,8 @@ def start_ray() -> None:
             log_to_driver=False,
             logging_level=logging.WARNING,
             include_dashboard=False,
-            runtime_env={"env_vars": {"PYTHONPATH": search_path}},
+            runtime_env={"env_vars": {"PYTHONPATH": search_path, **KEEPS_PAGES}},
+            **settings,
         )
 
 

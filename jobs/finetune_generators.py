@@ -33,6 +33,7 @@ class TuningConfig:
     weight_decay: float = setting(0.01, "AdamW's")
     caption_dropout: float = setting(0.1, "share of images that see the empty caption")
     min_snr_gamma: float | None = setting(5.0, "min-SNR weighting; null: all times weigh alike")
+    average_decay: float = setting(0.9999, "of the moving average of the weights that is kept, per step; 0: the last")
     precision: str = setting("float32", "float32 or bfloat16")
     zero_stage: int | None = setting(None, "DeepSpeed ZeRO stage, 0 to 3; null: plain PyTorch, one worker a site")
     checkpoint_every_images: int = setting(20_000, "images between checkpoints; 0: at the end only")

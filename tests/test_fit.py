@@ -309,6 +309,27 @@ def test_run__zero_0_1_2_3_on_two_workers_equal_plain_pytorch(tmp_path: Path) ->
         assert_same_weights(weights, summary.weights)
 
 
+def diverge(settings: dict[str, Any]) -> None:
+    """Runs on a Ray Train worker: says that it was started, then diverges."""
+    with open(f"{settings['folder']}/started", "a") as started:
+        started.write("once\n")
+    fit.train(Diverging(), batches_of(0, 1, 8), **SETTINGS)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_run__a_run_that_diverged_is_not_started_again(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match="after 24 images"):
+        fit.run(
+            diverge,
+            {"folder": str(tmp_path)},
+            run_uri=str(tmp_path),
+            name="diverged",
+            cpus_per_worker=0.4,
+            max_failures=3,
+        )
+    assert (tmp_path / "started").read_text() == "once\n"
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_check_resources__refuses_what_the_cluster_cannot_hold() -> None:
     with pytest.raises(ConfigError, match=r"required 400 for 100 worker"):

@@ -30,7 +30,7 @@ ROWS = [
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder"},
     {"gretfound.storage"},
     {"gretfound.deidentify", "gretfound.phantom"},
-    {"gretfound.lineage", "gretfound.metadata", "gretfound.fundus", "gretfound.capacity"},
+    {"gretfound.lineage", "gretfound.metadata", "gretfound.fundus", "gretfound.capacity", "gretfound.averaging"},
     {"gretfound.config", "gretfound.errors"},
 ]
 JOBS = sorted(

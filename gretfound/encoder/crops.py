@@ -79,7 +79,7 @@ def draw_views(
     taken = blank_views(views)  # a view of no crops keeps its shape
     for name, view in views.items():
         if crops[name]:
-            taken[name] = (crops[name][0] if view.number is None else torch.stack(crops[name])).contiguous().numpy()
+            taken[name] = (crops[name][0] if view.number is None else torch.stack(crops[name])).numpy()
     return taken
 
 

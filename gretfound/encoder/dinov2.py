@@ -24,6 +24,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from gretfound import averaging
 from gretfound.encoder.transform import IMAGENET_MEAN, IMAGENET_STD
 
 ENCODER_PREFIX = "teacher.encoder."
@@ -217,29 +218,16 @@ class SelfDistillation(nn.Module):
             }
         return self.class_weight * dino + self.patch_weight * ibot + self.koleo_weight * koleo
 
-    @torch.no_grad()
     def after_step(self, images_seen: int) -> None:
         """Moves the teacher towards the student, after each optimizer step, on every worker.
-
-        Under ZeRO stage 3 each worker moves its own partition; the partitions of a student's and a teacher's parameter
-        are cut alike. Weights are float32, as `gretfound.fit` keeps them: with a momentum near 1 the step is smaller
-        than bfloat16 can add.
 
         Args:
             images_seen: Images of the run so far, over all workers, this step's included.
         """
         self.images_seen.fill_(images_seen)
-        student_share = 1 - self.momentum_at(images_seen)
         students = dict(self.student.named_parameters())
-        for name, parameter in self.teacher.named_parameters():
-            is_partitioned = hasattr(parameter, "ds_tensor")
-            target, value = (
-                (cast(Any, each).ds_tensor if is_partitioned else each).data for each in (parameter, students[name])
-            )
-            target.lerp_(value, student_share)
-            if is_partitioned and cast(Any, parameter).ds_status.name == "AVAILABLE":
-                # DeepSpeed 0.19 keeps small parameters gathered between steps; this copy is now out of date.
-                cast(Any, parameter).partition()
+        names, teachers = zip(*self.teacher.named_parameters(), strict=True)
+        averaging.follow(teachers, [students[name] for name in names], decay=self.momentum_at(images_seen))
 
     def momentum_at(self, images_seen: int) -> float:
         """Returns the teacher's momentum: a half cosine from ``momentum`` to ``final_momentum``."""

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from gretfound import fit, fundus, lineage, metadata, storage
+from gretfound.averaging import Averaged
 from gretfound.checkpoints import LocalCheckpoints
 from gretfound.errors import ConfigError
 from gretfound.generator import autoencoding, denoising, pipeline
@@ -64,6 +65,7 @@ def finetune_locally(
     weight_decay: float = 0.01,
     caption_dropout: float = 0.1,
     min_snr_gamma: float | None = 5.0,
+    average_decay: float = 0.9999,
     seed: int = 0,
     precision: str = "float32",
     zero_stage: int | None = None,
@@ -88,6 +90,7 @@ def finetune_locally(
         weight_decay: AdamW's.
         caption_dropout: Share of images that see the empty caption.
         min_snr_gamma: See `denoising.DenoisingObjective`.
+        average_decay: Of the moving average of the weights that becomes the adapter, per step; 0 takes the last ones.
         seed: Seeds the factors, the order, the noise.
         precision: ``float32`` or ``bfloat16``.
         zero_stage: DeepSpeed ZeRO stage in a Ray Train worker; None is plain PyTorch.
@@ -109,7 +112,8 @@ def finetune_locally(
     shards = sorted(shard_path.glob("*.parquet")) if shard_path.is_dir() else [shard_path]
     request = lineage.digest_of(
         [base_sha256, [storage.sha256_of(shard) for shard in shards], num_images_seen, batch_size, learning_rate,
-         method, lora_rank, resolution_px, warmup_images, weight_decay, caption_dropout, min_snr_gamma, seed, precision]
+         method, lora_rank, resolution_px, warmup_images, weight_decay, caption_dropout, min_snr_gamma, average_decay, seed,
+         precision]
     )  # fmt: skip
     run_path = work_path / f"finetune-{request[:16]}"
     adapter_path = run_path / "adapter"
@@ -124,7 +128,7 @@ def finetune_locally(
             pipeline.add_lora(base.unet, rank=lora_rank, alpha=lora_rank)
         else:
             base.unet.requires_grad_(True)
-    objective = denoising.DenoisingObjective(
+    denoiser = denoising.DenoisingObjective(
         unet=base.unet,
         scheduler=base.scheduler,
         captions=denoising.EncodedCaptions(encode_captions(base, photographs.captions)),
@@ -132,6 +136,7 @@ def finetune_locally(
         min_snr_gamma=min_snr_gamma,
         seed=seed,
     )
+    objective = Averaged(denoiser, decay=average_decay, batch_size=batch_size)
     summary = fit.train(
         objective,
         latent_batches(photographs, batch_size=batch_size, seed=seed),
@@ -162,7 +167,9 @@ def finetune_locally(
         final_loss=summary.final_loss,
     )
     unet_weights = {
-        name.removeprefix("unet."): tensor for name, tensor in summary.weights.items() if name.startswith("unet.")
+        name.removeprefix("unet."): tensor
+        for name, tensor in objective.averaged(summary.weights).items()
+        if name.startswith("unet.")
     }
     if unet_weights:
         tensors = pipeline.adapter_tensors(unet_weights, method=method)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from diffusers import StableDiffusionPipeline
 
 from gretfound import fit
+from gretfound.averaging import Averaged
 from gretfound.generator import autoencoding, denoising, finetune
 from gretfound.generator.pipeline import caption_ids
 
@@ -23,6 +24,7 @@ def train_from_nothing(
     learning_rate: float,
     caption_dropout: float,
     min_snr_gamma: float | None,
+    average_decay: float,
     seed: int,
     on_progress: Callable[[fit.Progress], None] | None = None,
 ) -> fit.TrainingSummary:
@@ -36,6 +38,7 @@ def train_from_nothing(
         learning_rate: Peak of the cosine schedule.
         caption_dropout: See `denoising.DenoisingObjective`.
         min_snr_gamma: See there.
+        average_decay: See `averaging.Averaged`.
         seed: Seeds order, times and noise.
         on_progress: Told about progress.
     """
@@ -44,15 +47,17 @@ def train_from_nothing(
     photographs = finetune.encode_photographs(untrained, squares)
     ids_NL = caption_ids(untrained.tokenizer, [*photographs.captions, ""])
     untrained.unet.train()
+    denoiser = denoising.DenoisingObjective(
+        unet=untrained.unet,
+        scheduler=untrained.scheduler,
+        captions=denoising.TrainableCaptions(untrained.text_encoder, ids_NL),
+        caption_dropout=caption_dropout,
+        min_snr_gamma=min_snr_gamma,
+        seed=seed,
+    )
+    objective = Averaged(denoiser, decay=average_decay, batch_size=batch_size)
     summary = fit.train(
-        denoising.DenoisingObjective(
-            unet=untrained.unet,
-            scheduler=untrained.scheduler,
-            captions=denoising.TrainableCaptions(untrained.text_encoder, ids_NL),
-            caption_dropout=caption_dropout,
-            min_snr_gamma=min_snr_gamma,
-            seed=seed,
-        ),
+        objective,
         finetune.latent_batches(photographs, batch_size=batch_size, seed=seed),
         num_images=num_images,
         batch_size=batch_size,
@@ -64,5 +69,6 @@ def train_from_nothing(
         seed=seed,
         on_progress=on_progress,
     )
+    denoiser.load_state_dict(objective.averaged(summary.weights))
     untrained.unet.eval()
     return summary

@@ -1,11 +1,14 @@
-"""Runs every benchmark, or those named: `python -m tests.bench [corpus] [ingest] [plan] [pretrain]`."""
+"""Runs every benchmark, or those named, each in a process of its own: `python -m tests.bench [corpus] [ingest] ...`."""
 
+import os
+import subprocess
 import sys
 
-from tests.bench import corpus, ingest, plan, pretrain
+from jobs.console import KEEPS_PAGES
 
-BENCHMARKS = {"corpus": corpus.main, "ingest": ingest.main, "plan": plan.main, "pretrain": pretrain.main}
+BENCHMARKS = ("corpus", "ingest", "plan", "pretrain")
 
-if __name__ == "__main__":  # workers of a pool import this module again
+if __name__ == "__main__":
     for name in sys.argv[1:] or BENCHMARKS:
-        BENCHMARKS[name]()
+        # As jobs' workers do, ours and the peers' keep their pages: whoever measures must not win by that.
+        subprocess.run([sys.executable, "-m", f"tests.bench.{name}"], env=os.environ | KEEPS_PAGES, check=True)

@@ -27,7 +27,6 @@ import boto3
 import numpy as np
 import psutil
 import pyarrow as pa
-import ray
 import torch
 import torch.nn.functional as F
 import webdataset
@@ -73,8 +72,7 @@ def main() -> None:
             "mosaicml-streaming": mosaic_rate(root),
         }
         with s3_server() as s3_hub:
-            ray.init(object_store_memory=512 * 2**20, include_dashboard=False, log_to_driver=False)
-            console.start_ray()
+            console.start_ray(num_cpus=CORES + 1, object_store_memory=512 * 2**20)
             corpora = {place: corpus_at(hub, paths) for place, hub in (("disk", str(root / "hub")), ("S3", s3_hub))}
             for place, (hub_uri, record) in corpora.items():
                 stream(hub_uri, record, root / f"{place}.json")
@@ -189,7 +187,7 @@ def stream(hub_uri: str, record: Corpus, answer: Path, *, num_epochs: int = 0) -
         {"hub_uri": hub_uri, "corpus_id": record.id, "answer": str(answer), "num_epochs": num_epochs},
         run_uri=str(answer.parent / "runs"),
         name=answer.stem,
-        cpus_per_worker=0.001,  # logical: the cores are Ray Data's, and the worker only takes what arrives
+        cpus_per_worker=1,  # the one that Ray is told of beyond the cores: those are Ray Data's
         max_failures=0,
     )
 
@@ -323,3 +321,7 @@ def fidelity(paths: list[Path]) -> tuple[float, float, dict[str, float]]:
         "deviation, torchvision's": float(b.std()) / 255,
     }
     return float(F.l1_loss(a, b)), float(F.l1_loss(c, b)), statistics
+
+
+if __name__ == "__main__":  # workers of a pool import this module again
+    main()
