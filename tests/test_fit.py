@@ -311,7 +311,7 @@ def test_run__zero_0_1_2_3_on_two_workers_equal_plain_pytorch(tmp_path: Path) ->
 
 def diverge(settings: dict[str, Any]) -> None:
     """Runs on a Ray Train worker: says that it was started, then diverges."""
-    with open(f"{settings['folder']}/started", "a") as started:
+    with Path(settings["folder"], "started").open("a") as started:
         started.write("once\n")
     fit.train(Diverging(), batches_of(0, 1, 8), **SETTINGS)
 

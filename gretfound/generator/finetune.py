@@ -90,7 +90,7 @@ def finetune_locally(
         weight_decay: AdamW's.
         caption_dropout: Share of images that see the empty caption.
         min_snr_gamma: See `denoising.DenoisingObjective`.
-        average_decay: Of the moving average of the weights that becomes the adapter, per step; 0 takes the last ones.
+        average_decay: Of the moving average of the weights, which becomes the adapter, per step; 0: the last weights.
         seed: Seeds the factors, the order, the noise.
         precision: ``float32`` or ``bfloat16``.
         zero_stage: DeepSpeed ZeRO stage in a Ray Train worker; None is plain PyTorch.
