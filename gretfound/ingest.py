@@ -260,8 +260,8 @@ def stream(
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(1.0, data_cpus))
     context.enable_progress_bars = False
-    # What `read` yields stays a block as it is: it is larger than this, and smaller than the 1.5 times at which Ray Data
-    # 2.60 cuts. A repartition would join and cut, and so copy, every photograph several times more.
+    # What `read` yields stays a block as it is: it is larger than this, and smaller than the 1.5 times at which Ray
+    # Data 2.60 cuts. A repartition would join and cut, and so copy, every photograph several times more.
     context.target_max_block_size = int(0.75 * images_per_block * _row_bytes(views))
     places = ray.data.range(len(windows), override_num_blocks=len(windows))
     crops = places.map_batches(read, batch_size=1, num_cpus=min(1.0, data_cpus))

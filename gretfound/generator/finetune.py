@@ -112,8 +112,8 @@ def finetune_locally(
     shards = sorted(shard_path.glob("*.parquet")) if shard_path.is_dir() else [shard_path]
     request = lineage.digest_of(
         [base_sha256, [storage.sha256_of(shard) for shard in shards], num_images_seen, batch_size, learning_rate,
-         method, lora_rank, resolution_px, warmup_images, weight_decay, caption_dropout, min_snr_gamma, average_decay, seed,
-         precision]
+         method, lora_rank, resolution_px, warmup_images, weight_decay, caption_dropout, min_snr_gamma, average_decay,
+         seed, precision]
     )  # fmt: skip
     run_path = work_path / f"finetune-{request[:16]}"
     adapter_path = run_path / "adapter"
