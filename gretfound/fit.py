@@ -27,7 +27,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.utils.checkpoint
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -504,6 +503,8 @@ def check_resources(
 
 def _recompute_activations(objective: nn.Module) -> None:
     """Makes timm's transformer blocks forget what they computed until the backward pass needs it."""
+    from timm.models.vision_transformer import Block  # seconds to import, and of no use to a driver or a generator
+
     for module in objective.modules():
         if isinstance(module, Block):
             module.forward = functools.partial(  # type: ignore[method-assign]

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as adjust
 
 from gretfound import fundus
 from gretfound.fundus import FieldOfView
@@ -129,6 +128,8 @@ def _recoloured(crop_CHW: Tensor, strength: float, rng: np.random.Generator) -> 
     """
     if not strength:
         return crop_CHW
+    from torchvision.transforms.v2 import functional as adjust  # seconds to import, and of no use without colour
+
     if rng.random() < 0.8:
         brightness, contrast, saturation = (1 + strength * spread * rng.uniform(-1, 1) for spread in (0.4, 0.4, 0.2))
         crop_CHW = adjust.adjust_brightness(crop_CHW, brightness)
