@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+import ray.train
+import ray.train.collective
 import torch
 from torch import Tensor
 
@@ -74,6 +76,11 @@ class Order:
         self.groups = sorted(set(pairs))
         codes = {pair: code for code, pair in enumerate(self.groups)}
         self.group_codes = [codes[pair] for pair in pairs]
+
+    @property
+    def group_names(self) -> list[str]:
+        """``SITE/ORIGIN`` of each of ``groups``."""
+        return [f"{site_id}/{origin}" for site_id, origin in self.groups]
 
     def windows(self, start: int, end: int) -> range:
         """Returns the windows that hold the positions from ``start`` up to ``end``."""
@@ -308,6 +315,57 @@ def torch_batches(
             for name, values in (batch | {"photograph_key": photograph_key}).items()
             if name not in ("is_readable", "image_id")
         }
+
+
+def worker_batches(
+    hub_uri: str,
+    record: Corpus,
+    start: int,
+    *,
+    end: int,
+    batch_size: int,
+    accumulation: int = 1,
+    views: Mapping[str, View],
+    seed: int,
+    data_cpus: float,
+    rejected: set[str] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Yields this Ray Train worker's part of each step of `stream`, as `torch_batches` does; for `fit.train`.
+
+    All workers have to take it together: the first one starts the stream and deals the iterators out.
+
+    Args:
+        hub_uri: The hub.
+        record: The corpus to stream.
+        start: First position; the number of images already seen, in whole steps.
+        end: Position to stop before, in whole steps, however much later.
+        batch_size: Images a step, over all workers and micro-batches.
+        accumulation: Micro-batches a step.
+        views: The crops to draw of each photograph, by the names that the objective takes.
+        seed: The run's seed.
+        data_cpus: CPUs that Ray Data may use.
+        rejected: Receives the id of each photograph that could not be decoded.
+    """
+    worker = ray.train.get_context()
+    rank, num_workers = worker.get_world_rank(), worker.get_world_size()
+    for first, last in segments(start, end, batch_size=batch_size):
+        iterators = None
+        if rank == 0:
+            iterators = stream(
+                hub_uri,
+                record,
+                start=first,
+                end=last,
+                num_workers=num_workers,
+                batch_size=batch_size,
+                views=views,
+                seed=seed,
+                data_cpus=data_cpus,
+            )
+        iterator = ray.train.collective.broadcast_from_rank_zero(iterators)[rank]
+        yield from torch_batches(
+            iterator, images_per_batch=batch_size // (num_workers * accumulation), rejected=rejected
+        )
 
 
 @functools.lru_cache(maxsize=2)

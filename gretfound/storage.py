@@ -329,6 +329,12 @@ def finished_record(hub_uri: str, recipe_id: str, expected: type[RecordT]) -> Re
     return _verified(content, content.get("id", ""), expected)
 
 
+def read_parents(hub_uri: str, record: lineage.Record, expected: type[RecordT]) -> list[RecordT]:
+    """Reads those of a record's parents that are of one kind."""
+    found = [parent_id for parent_id in record.parents if lineage.kind_of(parent_id) is expected]
+    return [read_record(hub_uri, parent_id, expected) for parent_id in found]
+
+
 def read_records(hub_uri: str, expected: type[RecordT]) -> Iterator[RecordT]:
     """Reads every record of one kind, sorted by id."""
     for record_id in list_names(join(hub_uri, expected.folder)):

@@ -82,10 +82,12 @@ def contribution_of(hub_uri: str, generator: Generator) -> Contribution:
     Raises:
         LineageError: If it has none, as a base generator has.
     """
-    for parent_id in generator.parents:
-        if lineage.kind_of(parent_id) is Contribution:
-            return storage.read_record(hub_uri, parent_id, Contribution)
-    raise LineageError(f"{generator.id} was trained on no contribution, so there is no summary to draw captions from")
+    contributions = storage.read_parents(hub_uri, generator, Contribution)
+    if not contributions:
+        raise LineageError(
+            f"{generator.id} was trained on no contribution, so there is no summary to draw captions from"
+        )
+    return contributions[0]
 
 
 def make_wishes(summary: metadata.MetadataSummary, part: Part, *, seed: int) -> list[Wish]:

@@ -10,25 +10,20 @@ jobs.pretrain_encoder on one of the GPUs) replace them by measured ones. The mod
 table and what to add; writes the prediction as JSON, and prints its place as the last line.
 """
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gretfound import capacity
-from gretfound.capacity import Advice, Prediction, Rates, Training
+from gretfound.capacity import Rates
 from gretfound.config import canonical, load, setting
 from gretfound.errors import ConfigError
 from jobs import console
 from jobs.pretrain_encoder import Config as PretrainConfig
-from jobs.recipe import CropConfig, DINOv2Config, EncoderConfig, FitConfig, MAEConfig
+from jobs.recipe import CropConfig, DINOv2Config, EncoderConfig, FitConfig, MAEConfig, training_of
 
-UNITS = {"GPUs": "GPUs", "training CPUs": "training CPUs", "CPUs": "CPUs", "bucket": "Gbit/s to the bucket",
-         "GPU network": "Gbit/s between GPUs"}  # fmt: skip
-BENCHED_ENCODER: dict[str, Any] = {
-    "architecture": "vit_base_patch16_224",
-    "image_size_px": 224,
-}  # that of `tests.bench pretrain`
+if TYPE_CHECKING:
+    from gretfound.planning import Plan
 
 
 @dataclass(frozen=True)
@@ -175,225 +170,90 @@ class Config:
             raise ConfigError("found " + ", found ".join(faults))
 
 
-def training_of(recipe: "Config | PretrainConfig") -> Training:
-    """Counts the operations and weights of a recipe's objective."""
-    from gretfound.encoder.architecture import measure_encoder
-
-    encoder = measure_encoder(**asdict(recipe.encoder))
-    shared: dict[str, Any] = {
-        "image_size_px": recipe.encoder.image_size_px,
-        "recomputes_activations": recipe.fit.recomputes_activations,
-    }
-    if recipe.objective == "mae":
-        mae = recipe.mae
-        return capacity.masked_autoencoder(
-            encoder,
-            mask_ratio=mae.mask_ratio,
-            predicted_share=mae.predicted_share,
-            decoder_width=mae.decoder_width,
-            decoder_depth=mae.decoder_depth,
-            **shared,
-        )
-    dinov2 = recipe.dinov2
-    return capacity.self_distillation(
-        encoder,
-        num_local=recipe.crops.num_local,
-        local_size_px=recipe.crops.local_size_px,
-        prototypes=dinov2.prototypes,
-        hidden=dinov2.hidden,
-        bottleneck=dinov2.bottleneck,
-        shared_head=dinov2.shared_head,
-        mask_probability=dinov2.mask_probability,
-        **shared,
-    )
-
-
 def rates_of(config: Config) -> tuple[Rates, dict[str, str]]:
     """Returns the rates, and by name the source of each that was measured."""
-    from gretfound import storage
-    from gretfound.encoder.architecture import measure_encoder
+    from gretfound import planning
 
-    measured: dict[str, tuple[float, str]] = {}
+    measured: dict[str, float] = {}
+    sources: dict[str, str] = {}
     if config.rates_uri:
-        outcomes = {}
-        for uri in storage.list_uris(storage.normalised(config.rates_uri)):
-            if uri.endswith(".json"):
-                outcome = storage.read_json(uri)
-                cpus = outcome.get("machine", {}).get("cpus")
-                if cpus is None:
-                    raise ConfigError(f"rates_uri: {uri} does not say on how many CPUs it was measured; run it again")
-                outcomes[outcome["name"]] = (cpus, {row["name"]: row["value"] for row in outcome["rows"]})
-        benched = capacity.masked_autoencoder(
-            measure_encoder(**BENCHED_ENCODER), image_size_px=224, mask_ratio=0.75, predicted_share=1.0,
-            decoder_width=512, decoder_depth=8,
-        )  # fmt: skip
-        found = capacity.measured_rates(outcomes, benched=benched, precision=config.fit.precision)
-        if not found:
-            raise ConfigError(f"rates_uri={config.rates_uri} holds no benchmark with a rate; run `make bench` first")
-        measured |= {name: (value, config.rates_uri) for name, value in found.items()}
+        measured |= planning.read_benchmarks(config.rates_uri, precision=config.fit.precision)
+        sources |= dict.fromkeys(measured, config.rates_uri)
     if config.run_uri:
-        name, value = _rate_of_run(config, storage.normalised(config.run_uri))
-        measured[name] = (value, config.run_uri)
-    rates = replace(capacity.Rates(**asdict(config.rates)), **{name: value for name, (value, _) in measured.items()})
+        name, value = rate_of_run(config)
+        measured[name], sources[name] = value, config.run_uri
+    rates = replace(Rates(**asdict(config.rates)), **measured)
     if not config.cluster.num_gpus and not rates.cpu_gflops:
         raise ConfigError("found rates.cpu_gflops=0 and no benchmark or run that gives it; required more than 0")
-    return rates, {name: source for name, (_, source) in measured.items()}
+    return rates, sources
 
 
-def _rate_of_run(config: Config, run_uri: str) -> tuple[str, float]:
-    from gretfound import storage, tracking
+def rate_of_run(config: Config) -> tuple[str, float]:
+    """Returns the rate that the pace of the run in ``run_uri`` gives: its name and its value."""
+    from gretfound import planning, storage
 
     with storage.scratch_folder() as folder:
         path = Path(folder) / "config.yaml"
-        storage.download_file(storage.join(run_uri, "config.yaml"), path)
-        recipe = load(PretrainConfig, [str(path)])
-    metrics = tracking.read_metrics(run_uri)
-    if not metrics:
-        raise ConfigError(f"run_uri={config.run_uri} has no metrics yet; let the run go on for some minutes")
-    cluster = recipe.cluster
-    flops_per_s = capacity.flops_per_s_of(
-        images_per_s=metrics[-1]["images_per_s"],
-        data_wait_share=metrics[-1]["data_wait_share"],
-        training=training_of(recipe),
-        num_workers=cluster.num_workers * (cluster.gpus_per_worker or cluster.cpus_per_worker),
+        storage.download_file(storage.join(storage.normalised(config.run_uri), "config.yaml"), path)
+        run = load(PretrainConfig, [str(path)])
+    flops_per_s = planning.read_pace(
+        config.run_uri,
+        training=training_of(run),
+        num_units=run.cluster.num_workers * (run.cluster.gpus_per_worker or run.cluster.cpus_per_worker),
     )
-    if bool(cluster.gpus_per_worker) != bool(config.cluster.num_gpus):
+    if bool(run.cluster.gpus_per_worker) != bool(config.cluster.num_gpus):
         raise ConfigError(
-            f"run_uri={config.run_uri} trained with cluster.gpus_per_worker={cluster.gpus_per_worker:g}; "
+            f"run_uri={config.run_uri} trained with cluster.gpus_per_worker={run.cluster.gpus_per_worker:g}; "
             f"it says nothing of cluster.num_gpus={config.cluster.num_gpus}"
         )
-    if cluster.gpus_per_worker:
+    if run.cluster.gpus_per_worker:
         return "pretrain_gpu_share", flops_per_s / (config.cluster.gpu_tflops * 1e12)
     return "cpu_gflops", flops_per_s / 1e9
 
 
-def predict(config: Config) -> tuple[Prediction, list[Advice], Rates, dict[str, str], float]:
-    """Predicts the chain of a configuration.
-
-    Returns:
-        The prediction, advice for each stage, the rates with the sources of measured ones, and the share of a GPU's
-        memory that weights, gradients and averages take.
-    """
+def predict(config: Config) -> "Plan":
+    """Predicts the chain of a configuration."""
+    from gretfound import planning
     from gretfound.encoder.architecture import measure_encoder
 
     rates, sources = rates_of(config)
     encoder = measure_encoder(**asdict(config.encoder))
-    cluster = capacity.Cluster(**asdict(config.cluster))
-    corpus = capacity.Corpus(
-        num_images=config.num_images,
-        synthetic_share=config.synthetic_share,
-        synthetic_kib=config.synthetic_kib,
-        real_kib=config.real_kib,
-        num_evaluated=config.num_evaluated,
-    )
-    generators = capacity.Generators(**asdict(config.generators))
     every_images = config.fit.checkpoint_every_images
-    pretraining = capacity.Pretraining(
-        training=training_of(config),
-        encoder_flops=encoder.image_flops(config.encoder.image_size_px),
-        encoder_weights=encoder.num_weights,
-        images_seen=config.images_seen,
-        batch_size=config.fit.batch_size,
-        images_per_cpu_s=rates.mae_images_per_cpu_s if config.objective == "mae" else rates.dinov2_images_per_cpu_s,
-        num_checkpoints=1 + (int(config.images_seen // every_images) if every_images else 0),
-        zero_stage=config.fit.zero_stage,
+    return planning.make_plan(
+        capacity.Corpus(
+            num_images=config.num_images,
+            synthetic_share=config.synthetic_share,
+            synthetic_kib=config.synthetic_kib,
+            real_kib=config.real_kib,
+            num_evaluated=config.num_evaluated,
+        ),
+        capacity.Generators(**asdict(config.generators)),
+        capacity.Pretraining(
+            training=training_of(config),
+            encoder_flops=encoder.image_flops(config.encoder.image_size_px),
+            encoder_weights=encoder.num_weights,
+            images_seen=config.images_seen,
+            batch_size=config.fit.batch_size,
+            images_per_cpu_s=rates.mae_images_per_cpu_s if config.objective == "mae" else rates.dinov2_images_per_cpu_s,
+            num_checkpoints=1 + (int(config.images_seen // every_images) if every_images else 0),
+            zero_stage=config.fit.zero_stage,
+        ),
+        cluster=capacity.Cluster(**asdict(config.cluster)),
+        rates=rates,
+        sources=sources,
+        prices=capacity.Prices(**asdict(config.prices)),
     )
-    prices = capacity.Prices(**asdict(config.prices))
-    stages = capacity.stages_of(corpus, generators, pretraining, rates)
-    prediction = capacity.predict(stages, corpus, generators, pretraining, cluster=cluster, rates=rates, prices=prices)
-    advice = [capacity.advise(stage, cluster, rates, prices) for stage in stages]
-    memory_bytes = config.cluster.gpu_memory_gib * capacity.GIB
-    held = pretraining.gpu_state_bytes(cluster.num_gpus) / memory_bytes if cluster.num_gpus else 0.0
-    return prediction, advice, rates, sources, held
-
-
-def table(prediction: Prediction) -> str:
-    """Returns the stages as text: hours, the limit, the share of the time that each resource works, and cost."""
-    shown = [name for name in capacity.RESOURCES if any(each.seconds[name] for each in prediction.stages)]
-    head = f"{'stage':<22}{'images':>15}{'hours':>10}  {'limit':<14}" + "".join(f"{name:>15}" for name in shown)
-    lines = [head + f"{'cost':>12}", "-" * (len(head) + 12)]
-    for stage in prediction.stages:
-        shares = "".join(f"{stage.seconds[name] / max(stage.total_s, 1e-9):>15.0%}" for name in shown)
-        lines.append(
-            f"{stage.name:<22}{stage.num_images:>15,.0f}{_hours(stage.total_s):>10}  {stage.bottleneck:<14}{shares}"
-            f"{stage.cost:>12,.0f}"
-        )
-    total = f"{'all':<22}{'':>15}{_hours(prediction.total_s):>10}  {'':<14}{'':>{15 * len(shown)}}"
-    return "\n".join([*lines, total + f"{prediction.cost['machines']:>12,.0f}"])
-
-
-def sentences(prediction: Prediction, advice: list[Advice], cluster: capacity.Cluster) -> list[str]:
-    """Says what to add, for each stage that takes a fiftieth of the time or more, the longest first."""
-    told = []
-    pairs = zip(prediction.stages, advice, strict=True)
-    for stage, each in sorted(pairs, key=lambda pair: -pair[0].total_s):
-        if stage.total_s < prediction.total_s / 50:
-            continue
-        start = f"{stage.name}: {_hours(stage.total_s)} h, limited by {each.resource}"
-        if each.resource == "start and end":
-            told.append(f"{start}, which no resource shortens")
-            continue
-        if each.doubled_s < stage.total_s:
-            start += f". With twice as many {UNITS[each.resource]}: {_hours(each.doubled_s)} h"
-        if not each.amount:
-            told.append(f"{start}; no number of them moves the limit")
-            continue
-        unit = UNITS[each.resource] + (f" (with {cluster.cpus_per_gpu:g} CPUs each)" if each.resource == "GPUs" else "")
-        limit = f"{each.next_bottleneck} {'are' if each.next_bottleneck.endswith('s') else 'is'}"
-        if each.next_bottleneck == "start and end":
-            limit = "only start and end are"
-        larger = ", or take larger steps (fit.batch_size: another recipe)" if each.resource == "GPU network" else ""
-        told.append(
-            f"{start}. Add {each.amount:,} {unit}: then {limit} the limit and it takes {_hours(each.total_s)} h{larger}"
-        )
-    return told
-
-
-def _hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2f}"
 
 
 def main(argv: list[str]) -> str:
     """Predicts, prints and writes; returns the place of the JSON."""
     config = load(Config, argv)
-    from gretfound import storage
+    from gretfound import planning, storage
 
-    prediction, advice, rates, sources, held = predict(config)
-    print(table(prediction))
-    stored_gib = sum(prediction.storage_bytes.values()) / capacity.GIB
-    print(f"\nstorage: {stored_gib:,.0f} GiB: ", end="")
-    print(", ".join(f"{name} {size / capacity.GIB:,.1f}" for name, size in prediction.storage_bytes.items()))
-    print(f"cost: {prediction.total_cost:,.0f}: ", end="")
-    print(", ".join(f"{name} {amount:,.0f}" for name, amount in prediction.cost.items()))
-    if config.cluster.num_gpus:
-        fits = "activations come on top" if held < 1 else "it does not fit: raise fit.zero_stage"
-        print(f"GPU memory: {held:.0%} for weights, gradients and AdamW's averages; {fits}")
-    assumed = [name for name in asdict(rates) if name not in sources]
-    print(f"measured: {', '.join(f'{name} ({sources[name]})' for name in sources) or 'nothing'}")
-    print(f"assumed: {', '.join(assumed)}\n")
-    print(
-        "\n".join(f"- {each}" for each in sentences(prediction, advice, capacity.Cluster(**asdict(config.cluster))))
-        + "\n",
-        flush=True,
-    )
+    planned = predict(config)
+    print(planning.tell(planned), flush=True)
     out_uri = storage.normalised(config.out_uri)
-    content: dict[str, Any] = {
-        "total_h": prediction.total_s / 3600,
-        "total_cost": prediction.total_cost,
-        "gpu_memory_share": held,
-        "stages": [
-            asdict(stage) | {"hours": stage.total_s / 3600, "bottleneck": stage.bottleneck}
-            for stage in prediction.stages
-        ],
-        "advice": [asdict(each) for each in advice],
-        "storage_bytes": dict(prediction.storage_bytes),
-        "cost": dict(prediction.cost),
-        "rates": asdict(rates),
-        "measured": sources,
-        "settings": canonical(config),
-    }
-    storage.write_json(out_uri, json.loads(json.dumps(content)))
+    storage.write_json(out_uri, planning.to_json(planned) | {"settings": canonical(config)})
     return out_uri
 
 

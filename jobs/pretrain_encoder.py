@@ -6,19 +6,23 @@ Ray Data streams and augments the corpus, Ray Train runs DeepSpeed ZeRO. A kille
 checkpoint when the same command is run again. Records one Encoder and prints its id.
 """
 
-import secrets
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+import functools
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
 from jobs import console
-from jobs.recipe import CropConfig, DINOv2Config, EncoderConfig, FitConfig, MAEConfig
-
-ENCODER_ID_PREFIX = "encoder-"
-OBJECTIVE_NAMES = {"mae": "mae.safetensors", "dinov2": "dinov2.safetensors"}
+from jobs.recipe import (
+    CropConfig,
+    DINOv2Config,
+    EncoderConfig,
+    FitConfig,
+    MAEConfig,
+    build_objective,
+    build_views,
+)
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,6 @@ class Config:
     fit: FitConfig = setting(FitConfig())
     cluster: ClusterConfig = setting(ClusterConfig())
 
-    @property
-    def num_images_seen(self) -> int:
-        """The images of the whole run, rounded up to whole steps."""
-        return -(-self.fit.num_images // self.fit.batch_size) * self.fit.batch_size
-
-    @property
-    def starts_from_encoder(self) -> bool:
-        """Whether the initial weights are an encoder of the hub, and so a parent."""
-        return self.initial_weights_uri.startswith(ENCODER_ID_PREFIX)
-
     def __post_init__(self) -> None:
         """Checks what spans keys."""
         if (
@@ -78,137 +72,50 @@ class Config:
                     f"fit.accumulation={self.fit.accumulation}; every number of workers from cluster.min_workers on "
                     "has to divide it"
                 )
-        if self.fit.lr_scaling not in ("linear", "sqrt"):
-            raise ConfigError(f"fit.lr_scaling={self.fit.lr_scaling!r} is neither linear nor sqrt")
         if self.objective not in ("mae", "dinov2"):
             raise ConfigError(f"objective={self.objective!r} is neither mae nor dinov2")
-        if self.fit.precision not in ("float32", "bfloat16"):
-            raise ConfigError(f"fit.precision={self.fit.precision!r} is neither float32 nor bfloat16")
-        if self.fit.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"fit.zero_stage={self.fit.zero_stage} is none of 0, 1, 2, 3")
-
-
-def build_objective(config: Config, *, initial_weights_path: Path | None = None) -> Any:
-    """Builds the objective of a configuration before its first step; a finished run's weights fit it."""
-    import torch
-
-    from gretfound.encoder.architecture import build_encoder
-    from gretfound.encoder.dinov2 import SelfDistillation
-    from gretfound.encoder.importers import import_weights
-    from gretfound.encoder.mae import MaskedAutoencoder
-
-    torch.manual_seed(config.seed)
-    encoder = build_encoder(**asdict(config.encoder))
-    match config.objective:
-        case "mae":
-            objective: Any = MaskedAutoencoder(encoder, mask_seed=config.seed, **asdict(config.mae))
-            if initial_weights_path:  # after the autoencoder has set its own
-                import_weights(encoder, initial_weights_path)
-        case "dinov2":
-            if initial_weights_path:  # before the teacher copies them
-                import_weights(encoder, initial_weights_path)
-            objective = SelfDistillation(
-                encoder, num_images=config.num_images_seen, mask_seed=config.seed, **asdict(config.dinov2)
-            )
-    return objective
-
-
-def fetch_initial_weights(hub_uri: str, uri: str, folder: Path) -> Path:
-    """Brings the weights that a run starts from to this machine: an encoder of the hub, or a file of any importer."""
-    from gretfound import storage
-    from gretfound.lineage import Encoder
-
-    if uri.startswith(ENCODER_ID_PREFIX):
-        return storage.fetch_folder(hub_uri, storage.read_record(hub_uri, uri, Encoder), folder)
-    if path := storage.local_path(uri):
-        return path
-    storage.download_file(uri, folder / uri.rpartition("/")[2])
-    return folder / uri.rpartition("/")[2]
-
-
-def build_views(config: Config) -> dict[str, Any]:
-    """Returns the crops that the configuration's objective takes."""
-    from gretfound.encoder.crops import View
-
-    crops = config.crops
-    whole = View(size_px=config.encoder.image_size_px, scale=(crops.global_scale_min, 1.0), colour=crops.colour)
-    if config.objective == "mae":
-        return {"image": whole}
-    local_scale = (crops.local_scale_min, crops.local_scale_max)
-    local = View(size_px=crops.local_size_px, scale=local_scale, number=crops.num_local, colour=crops.colour)
-    return {"global_crop": replace(whole, number=2), "local_crop": local}
 
 
 def pretrain_on_worker(settings: dict[str, Any]) -> None:
-    """Runs on each Ray Train worker: streams, trains, and leaves the encoder in the run's folder."""
+    """Runs on each Ray Train worker: streams, trains, and the first one leaves the encoder in the run's folder."""
     import ray.train
-    import ray.train.collective
 
-    from gretfound import fit, ingest, storage, tracking
+    from gretfound import fit, ingest, pretraining, storage, tracking
     from gretfound.checkpoints import RayCheckpoints
-    from gretfound.encoder.health import Monitor
     from gretfound.lineage import Corpus
 
     config: Config = settings["config"]
     hub_uri, run_uri = settings["hub_uri"], settings["run_uri"]
-    worker = ray.train.get_context()
-    is_first = worker.get_world_rank() == 0
-    rejected: set[str] = set()
-    rejected_uri = storage.join(run_uri, "rejected", f"{worker.get_world_rank():05d}-{secrets.token_hex(4)}.json")
-    num_written = 0
-
-    def batches(start: int) -> Iterator[Any]:
-        corpus = storage.read_record(hub_uri, config.corpus_id, Corpus)
-        for first, end in ingest.segments(start, config.num_images_seen, batch_size=config.fit.batch_size):
-            iterators = None
-            if is_first:
-                iterators = ingest.stream(
-                    hub_uri,
-                    corpus,
-                    start=first,
-                    end=end,
-                    num_workers=worker.get_world_size(),
-                    batch_size=config.fit.batch_size,
-                    views=build_views(config),
-                    seed=config.seed,
-                    data_cpus=config.cluster.data_cpus,
-                )
-            iterator = ray.train.collective.broadcast_from_rank_zero(iterators)[worker.get_world_rank()]
-            images_per_batch = config.fit.batch_size // (worker.get_world_size() * config.fit.accumulation)
-            yield from ingest.torch_batches(iterator, images_per_batch=images_per_batch, rejected=rejected)
-
+    rank = ray.train.get_context().get_world_rank()
     tracker = tracking.Tracker(
         run_uri,
         run_id=settings["run_id"],
         project=config.project,
         settings=canonical(config),
-        is_active=is_first,
+        is_active=rank == 0,
     )
     with tracker, storage.scratch_folder() as folder:
         uri = config.initial_weights_uri
-        weights_path = fetch_initial_weights(hub_uri, uri, Path(folder)) if uri else None
-        objective = build_objective(config, initial_weights_path=weights_path)
-        monitor = Monitor(objective)
-        groups = (
-            ingest.plan_of(hub_uri, config.corpus_id, config.seed, config.fit.batch_size)[1].groups if is_first else []
-        )
-        group_names = ["/".join(group) for group in groups]
-
-        def watch(batch: Mapping[str, Any]) -> None:
-            nonlocal num_written
-            if is_first:
-                monitor.observe(batch)
-            if len(rejected) > num_written:
-                storage.write_json(rejected_uri, sorted(rejected))
-                num_written = len(rejected)
-
-        def tell(progress: fit.Progress) -> None:
-            tracker.write(progress.figures(group_names) | monitor.figures() | {"num_rejected": len(rejected)})
-
+        weights_path = pretraining.fetch_initial_weights(hub_uri, uri, Path(folder)) if uri else None
+        objective = build_objective(config, seed=config.seed, initial_weights_path=weights_path)
+        planned = (hub_uri, config.corpus_id, config.seed, config.fit.batch_size)
+        group_names = ingest.plan_of(*planned)[1].group_names if rank == 0 else []
+        watch = pretraining.Watch(objective, tracker, run_uri=run_uri, rank=rank, group_names=group_names)
         summary = fit.train(
             objective,
-            batches,
-            num_images=config.num_images_seen,
+            functools.partial(
+                ingest.worker_batches,
+                hub_uri,
+                storage.read_record(hub_uri, config.corpus_id, Corpus),
+                end=config.fit.num_images_seen,
+                batch_size=config.fit.batch_size,
+                accumulation=config.fit.accumulation,
+                views=build_views(config),
+                seed=config.seed,
+                data_cpus=config.cluster.data_cpus,
+                rejected=watch.rejected,
+            ),
+            num_images=config.fit.num_images_seen,
             batch_size=config.fit.batch_size,
             accumulation=config.fit.accumulation,
             peak_lr=fit.peak_lr_for(config.fit.batch_size, base_lr=config.fit.base_lr, scaling=config.fit.lr_scaling),
@@ -224,60 +131,37 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
             seed=config.seed,
             checkpoints=RayCheckpoints(fit.train_uri(run_uri, settings["run_id"])),
             checkpoint_every_images=config.fit.checkpoint_every_images,
-            on_batch=watch,
-            on_progress=tell,
+            on_batch=watch.observe,
+            on_progress=watch.tell,
         )
-    if is_first:
-        write_encoder(config, summary, storage.join(run_uri, "encoder"))
-
-
-def write_encoder(config: Config, summary: Any, uri: str) -> None:
-    """Writes the encoder folder, and beside it the whole objective, for reconstructions and for training on."""
-    import json
-
-    from safetensors.torch import save_file
-
-    from gretfound import storage
-    from gretfound.encoder.folder import load_strictly, write_encoder_folder
-    from gretfound.encoder.transform import Transform
-
-    fresh = build_objective(config)
-    load_strictly(fresh, summary.weights)
-    with storage.scratch_folder() as folder:
-        path = write_encoder_folder(
-            fresh.encoder,
-            Path(folder),
+    if rank == 0:
+        pretraining.write_encoder(
+            storage.join(run_uri, "encoder"),
+            build_objective(config, seed=config.seed),
+            summary,
+            objective_name=config.objective,
             architecture=config.encoder.architecture,
-            transform=Transform(image_size_px=config.encoder.image_size_px),
-            extra={"objective": config.objective, "images_seen": summary.images_seen},
+            image_size_px=config.encoder.image_size_px,
+            config_yaml=to_yaml(config),
         )
-        save_file(summary.weights, path / OBJECTIVE_NAMES[config.objective], metadata={"format": "pt"})
-        (path / "config.yaml").write_text(to_yaml(config))
-        (path / "training.json").write_text(
-            json.dumps({"images_seen": summary.images_seen, "final_loss": summary.final_loss}) + "\n"
-        )
-        for file_path, _, _ in storage.describe_folder(path):
-            storage.upload_file(file_path, storage.join(uri, file_path.name))
 
 
 def main(argv: list[str]) -> str:
     """Runs the job; returns the encoder's id."""
     config = load(Config, argv)
-    from gretfound import fit, lineage, storage, tracking
+    from gretfound import fit, lineage, pretraining, storage, tracking
     from gretfound.corpus import check_uncontaminated
     from gretfound.lineage import Corpus, Encoder
 
-    hub_uri = storage.normalised(config.hub_uri)
+    hub_uri, weights_uri = storage.normalised(config.hub_uri), config.initial_weights_uri
     corpus = storage.read_record(hub_uri, config.corpus_id, Corpus)
     settings = {
         name: value for name, value in canonical(config).items() if name not in ("hub_uri", "cluster", "project")
     }
-    if config.initial_weights_uri and not config.starts_from_encoder:
-        with storage.scratch_folder() as folder:  # what is under a name may change: its digest is part of the recipe
-            path = fetch_initial_weights(hub_uri, config.initial_weights_uri, Path(folder))
-            files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-            settings["initial_weights_sha256"] = [storage.sha256_of(each) for each in files]
-    parents = (corpus.id, *([config.initial_weights_uri] if config.starts_from_encoder else []))
+    starts_from_encoder = pretraining.names_encoder(weights_uri)
+    if weights_uri and not starts_from_encoder:
+        settings["initial_weights_sha256"] = pretraining.digest_initial_weights(hub_uri, weights_uri)
+    parents = (corpus.id, *([weights_uri] if starts_from_encoder else []))
     recipe = lineage.recipe_id("pretrain_encoder", settings, list(parents))
     if finished := storage.finished_record(hub_uri, recipe, Encoder):
         return finished.id
@@ -294,9 +178,7 @@ def main(argv: list[str]) -> str:
             **asdict(config.cluster),
         )
     with storage.scratch_folder() as folder:
-        summary = storage.read_json(storage.join(run_uri, "encoder", "training.json"))
-        for uri in storage.list_uris(storage.join(run_uri, "encoder")):
-            storage.download_file(uri, Path(folder) / uri.rpartition("/")[2])
+        summary = pretraining.read_encoder(storage.join(run_uri, "encoder"), Path(folder))
         record = Encoder(
             parents=parents,
             recipe_id=recipe,

@@ -1,8 +1,20 @@
-"""A pretraining recipe: the groups of keys of conf/pretrain/, which `pretrain_encoder` runs and `plan` weighs."""
+"""A pretraining recipe: the groups of keys of conf/pretrain/, and what they make for `pretrain_encoder` and `plan`.
 
-from dataclasses import dataclass
+A job's configuration holds the groups as keys of its own; the functions take that configuration and hand the groups on
+to the rooms, key by key.
+"""
 
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gretfound import capacity
+from gretfound.capacity import Training
 from gretfound.config import setting
+from gretfound.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gretfound.encoder.crops import View
 
 
 @dataclass(frozen=True)
@@ -81,3 +93,107 @@ class FitConfig:
         False, "recompute each block in the backward pass: less memory, a third slower"
     )
     checkpoint_every_images: int = setting(904_170, "images between checkpoints; 0: at the end only")
+
+    @property
+    def num_images_seen(self) -> int:
+        """The images of the whole run, rounded up to whole steps."""
+        return -(-self.num_images // self.batch_size) * self.batch_size
+
+    def __post_init__(self) -> None:
+        """Checks names and stages."""
+        if self.lr_scaling not in ("linear", "sqrt"):
+            raise ConfigError(f"fit.lr_scaling={self.lr_scaling!r} is neither linear nor sqrt")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"fit.precision={self.precision!r} is neither float32 nor bfloat16")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"fit.zero_stage={self.zero_stage} is none of 0, 1, 2, 3")
+
+
+class Recipe(Protocol):
+    """The keys of a recipe in a job's configuration.
+
+    It is no base class: whose keys would come first in every config.yaml, and so in an encoder's files and id.
+    """
+
+    @property
+    def objective(self) -> str: ...
+    @property
+    def encoder(self) -> EncoderConfig: ...
+    @property
+    def mae(self) -> MAEConfig: ...
+    @property
+    def dinov2(self) -> DINOv2Config: ...
+    @property
+    def crops(self) -> CropConfig: ...
+    @property
+    def fit(self) -> FitConfig: ...
+
+
+def build_objective(recipe: Recipe, *, seed: int, initial_weights_path: Path | None = None) -> Any:
+    """Builds the objective of a recipe before its first step; a finished run's weights fit it."""
+    import torch
+
+    from gretfound.encoder.architecture import build_encoder
+    from gretfound.encoder.dinov2 import SelfDistillation
+    from gretfound.encoder.importers import import_weights
+    from gretfound.encoder.mae import MaskedAutoencoder
+
+    torch.manual_seed(seed)
+    encoder = build_encoder(**asdict(recipe.encoder))
+    match recipe.objective:
+        case "mae":
+            objective: Any = MaskedAutoencoder(encoder, mask_seed=seed, **asdict(recipe.mae))
+            if initial_weights_path:  # after the autoencoder has set its own
+                import_weights(encoder, initial_weights_path)
+        case "dinov2":
+            if initial_weights_path:  # before the teacher copies them
+                import_weights(encoder, initial_weights_path)
+            num_images = recipe.fit.num_images_seen
+            objective = SelfDistillation(encoder, num_images=num_images, mask_seed=seed, **asdict(recipe.dinov2))
+    return objective
+
+
+def build_views(recipe: Recipe) -> "dict[str, View]":
+    """Returns the crops that a recipe's objective takes."""
+    from gretfound.encoder.crops import View
+
+    crops = recipe.crops
+    whole = View(size_px=recipe.encoder.image_size_px, scale=(crops.global_scale_min, 1.0), colour=crops.colour)
+    if recipe.objective == "mae":
+        return {"image": whole}
+    local_scale = (crops.local_scale_min, crops.local_scale_max)
+    local = View(size_px=crops.local_size_px, scale=local_scale, number=crops.num_local, colour=crops.colour)
+    return {"global_crop": replace(whole, number=2), "local_crop": local}
+
+
+def training_of(recipe: Recipe) -> Training:
+    """Counts the operations and weights of a recipe's objective."""
+    from gretfound.encoder.architecture import measure_encoder
+
+    encoder = measure_encoder(**asdict(recipe.encoder))
+    shared: dict[str, Any] = {
+        "image_size_px": recipe.encoder.image_size_px,
+        "recomputes_activations": recipe.fit.recomputes_activations,
+    }
+    if recipe.objective == "mae":
+        mae = recipe.mae
+        return capacity.masked_autoencoder(
+            encoder,
+            mask_ratio=mae.mask_ratio,
+            predicted_share=mae.predicted_share,
+            decoder_width=mae.decoder_width,
+            decoder_depth=mae.decoder_depth,
+            **shared,
+        )
+    dinov2 = recipe.dinov2
+    return capacity.self_distillation(
+        encoder,
+        num_local=recipe.crops.num_local,
+        local_size_px=recipe.crops.local_size_px,
+        prototypes=dinov2.prototypes,
+        hidden=dinov2.hidden,
+        bottleneck=dinov2.bottleneck,
+        shared_head=dinov2.shared_head,
+        mask_probability=dinov2.mask_probability,
+        **shared,
+    )

@@ -37,6 +37,11 @@ RATES = Rates(
     start_up_s=30.0,
 )
 PRICES = Prices(gpu_hour=2.0, cpu_hour=0.1, gib_month=0.02, read_gib=0.0, months_kept=2.0)
+GENERATORS = Generators(
+    num_sites=8, gpus_per_site=1, images_seen=1000, passes=2.0, unet_tflop=0.8, decode_tflop=2.5, encode_tflop=1.1,
+    photographs_per_site=100, num_steps=20, guidance_scale=3.0, adapter_mib=1.0,
+)  # fmt: skip
+TRAINING = Training(forward_flops=40e9, frozen_flops=0.0, recomputed_flops=0.0, num_weights=3e8, num_frozen_weights=0.0)
 # By one second of: all 8 GPUs at half their peak, all 32 CPUs, the bucket, each GPU's network.
 ONE_SECOND = {"flops": 8 * 50e12, "cpu_s": 32.0, "read_bytes": 1e9, "exchanged_bytes": 1e10}
 OF_RESOURCE = {"GPUs": "flops", "CPUs": "cpu_s", "bucket": "read_bytes", "GPU network": "exchanged_bytes"}
@@ -234,16 +239,9 @@ def chain(num_images: int = 1_000_000, synthetic_share: float = 0.5) -> capacity
     corpus = Corpus(
         num_images=num_images, synthetic_share=synthetic_share, synthetic_kib=100.0, real_kib=300.0, num_evaluated=100
     )
-    generators = Generators(
-        num_sites=8, gpus_per_site=1, images_seen=1000, passes=2.0, unet_tflop=0.8, decode_tflop=2.5, encode_tflop=1.1,
-        photographs_per_site=100, num_steps=20, guidance_scale=3.0, adapter_mib=1.0,
-    )  # fmt: skip
-    training = Training(
-        forward_flops=40e9, frozen_flops=0.0, recomputed_flops=0.0, num_weights=3e8, num_frozen_weights=0.0
-    )
-    pretraining = pretraining_of(training, images_seen=float(10 * num_images))
-    stages = capacity.stages_of(corpus, generators, pretraining, RATES)
-    return capacity.predict(stages, corpus, generators, pretraining, cluster=CLUSTER, rates=RATES, prices=PRICES)
+    pretraining = pretraining_of(TRAINING, images_seen=float(10 * num_images))
+    stages = capacity.stages_of(corpus, GENERATORS, pretraining, RATES)
+    return capacity.predict(stages, corpus, GENERATORS, pretraining, cluster=CLUSTER, rates=RATES, prices=PRICES)
 
 
 def test_predict__units() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints on a cluster: kills, damage and other numbers of workers change nothing that is learned."""
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.train
-import ray.train.collective
 import torch
 from torch import Tensor
 
@@ -37,26 +37,16 @@ SETTINGS: dict[str, Any] = {
 
 def train_and_record(settings: dict[str, Any]) -> None:
     """Streams a corpus into ZeRO; notes each step's photographs and loss; dies where it is told to."""
-    context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    record = storage.read_record(settings["hub_uri"], settings["corpus_id"], Corpus)
-
-    def batches(start: int) -> Iterator[dict[str, Tensor]]:
-        iterators = None
-        if rank == 0:
-            iterators = ingest.stream(
-                settings["hub_uri"],
-                record,
-                start=start,
-                end=NUM_IMAGES,
-                num_workers=num_workers,
-                batch_size=BATCH_SIZE,
-                views=VIEWS,
-                seed=1,
-                data_cpus=0.5,
-            )
-        iterator = ray.train.collective.broadcast_from_rank_zero(iterators)[rank]
-        yield from ingest.torch_batches(iterator, images_per_batch=BATCH_SIZE // num_workers)
+    batches = functools.partial(
+        ingest.worker_batches,
+        settings["hub_uri"],
+        storage.read_record(settings["hub_uri"], settings["corpus_id"], Corpus),
+        end=NUM_IMAGES,
+        batch_size=BATCH_SIZE,
+        views=VIEWS,
+        seed=1,
+        data_cpus=0.5,
+    )
 
     def note(batch: dict[str, Tensor]) -> None:
         positions = batch["position"].tolist()
@@ -76,7 +66,7 @@ def train_and_record(settings: dict[str, Any]) -> None:
         on_progress=die,
         **SETTINGS,
     )
-    if rank == 0:
+    if ray.train.get_context().get_world_rank() == 0:
         torch.save(summary.weights, f"{settings['run_uri']}/weights.pt")
 
 

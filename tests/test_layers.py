@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
+    {"gretfound.planning", "gretfound.pretraining"},
     {
         "gretfound.contribution",
         "gretfound.examination",

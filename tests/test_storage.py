@@ -80,6 +80,17 @@ def test_read_record__changed_absent_or_of_another_kind(hub_uri: str) -> None:
         storage.read_record(hub_uri, record.id, Encoder)
 
 
+def test_read_parents__those_of_one_kind(hub_uri: str) -> None:
+    first, second = an_encoder(), an_encoder(images_seen=20)
+    report = Report(evaluation_sets=(), num_images=0)
+    for record in (first, second, report):
+        storage.write_record(hub_uri, record)
+    child = an_encoder(images_seen=30, parents=(second.id, report.id, first.id))
+    assert storage.read_parents(hub_uri, child, Encoder) == [second, first]
+    assert storage.read_parents(hub_uri, child, Report) == [report]
+    assert storage.read_parents(hub_uri, first, Report) == []
+
+
 def test_ledger__many_writers_make_one_chain(hub_uri: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(

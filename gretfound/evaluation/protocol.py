@@ -417,6 +417,42 @@ def plan(
     return planned, skipped
 
 
+def plan_sets(
+    tested: Sequence[Photographs],
+    fitted: Photographs | None,
+    *,
+    num_folds: int,
+    min_patients_per_class: int,
+    seed: int,
+) -> tuple[list[Assessment], list[dict[str, str]]]:
+    """Plans every set by itself and, where there is one to fit on, as an external set of that one as well.
+
+    Args:
+        tested: The sets to test on.
+        fitted: Another set to fit the probes on.
+        num_folds: As `plan` takes it, like the others.
+        min_patients_per_class: See there.
+        seed: See there.
+
+    Returns:
+        As `plan` does; names read ``SET/task`` where there is more than one set.
+    """
+    planned: list[Assessment] = []
+    skipped: list[dict[str, str]] = []
+    for photographs in tested:
+        for source in (None, fitted) if fitted else (None,):
+            found = plan(
+                photographs,
+                num_folds=num_folds,
+                min_patients_per_class=min_patients_per_class,
+                seed=seed,
+                is_named_by_set=len(tested) > 1 or fitted is not None,
+                fitted=source,
+            )
+            planned, skipped = planned + found[0], skipped + found[1]
+    return planned, skipped
+
+
 def assess(
     assessment: Assessment,
     feature_ND: npt.NDArray[np.float32],

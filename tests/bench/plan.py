@@ -25,7 +25,7 @@ from gretfound.config import load
 from gretfound.encoder import crops
 from gretfound.lineage import ShardSet
 from gretfound.shard import open_shard
-from jobs import plan, pretrain_encoder
+from jobs import plan, pretrain_encoder, recipe
 from tests.bench.outcome import Ratio, Row, write
 from tests.hubs import assemble, draw_shard_set
 
@@ -103,7 +103,7 @@ def settings(scale: list[str], rates: list[str]) -> list[str]:
 
 def predict(scale: list[str], rates: list[str]) -> StagePrediction:
     """Returns what `jobs.plan` says of the pretraining."""
-    prediction, *_ = plan.predict(load(plan.Config, settings(scale, rates)))
+    prediction = plan.predict(load(plan.Config, settings(scale, rates))).prediction
     return next(stage for stage in prediction.stages if stage.name == "pretrain encoder")
 
 
@@ -173,7 +173,7 @@ def cpu_rates() -> dict[str, float]:
     )
     encoded = [fundus.encode_jpeg(image) for image in large]
     argv = ["conf/pretrain/dinov2_vitl14.yaml", "hub_uri=x", "corpus_id=x"]
-    distillation = pretrain_encoder.build_views(load(pretrain_encoder.Config, argv))
+    distillation = recipe.build_views(load(pretrain_encoder.Config, argv))
     began_s, number = time.perf_counter(), 64
     for place in range(number):
         synthesis.judge(small[place % len(small)])

@@ -97,6 +97,20 @@ def test_plan__external_set_is_not_split():
     assert (assessment.folds == 0).all() and len(assessment.fitted_rows) == 12
 
 
+def test_plan_sets__each_by_itself_and_as_an_external_set():
+    options = {name: value for name, value in OPTIONS.items() if name != "is_named_by_set"}
+    dune, cedar, aster = (photographs(glaucoma_cells(12), name=name) for name in ("dune", "cedar", "aster"))
+    names = [
+        [assessment.name for assessment in protocol.plan_sets(tested, fitted, **options)[0]]
+        for tested, fitted in (([dune], None), ([dune, cedar], None), ([dune, cedar], aster))
+    ]
+    assert names[0] == ["glaucoma"]
+    assert names[1] == ["dune/glaucoma", "cedar/glaucoma"]
+    assert names[2] == ["dune/glaucoma", "aster->dune/glaucoma", "cedar/glaucoma", "aster->cedar/glaucoma"]
+    _, skipped = protocol.plan_sets([dune, photographs([{"amd": True}] * 9, name="cedar")], None, **options)
+    assert [(entry["set"], entry["task"]) for entry in skipped] == [("cedar", "amd")]
+
+
 def drawn(seed, num, strength):
     random = np.random.default_rng(seed)
     cells = glaucoma_cells(num)

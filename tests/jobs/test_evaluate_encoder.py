@@ -10,7 +10,7 @@ from gretfound.encoder import folder, mae
 from gretfound.encoder.transform import Transform
 from gretfound.errors import ConfigError, LineageError
 from gretfound.lineage import Corpus, Encoder, Report, ShardSet
-from jobs import evaluate_encoder, pretrain_encoder
+from jobs import evaluate_encoder, pretrain_encoder, recipe
 from tests.hubs import assemble
 
 SIZE_PX = 48
@@ -44,7 +44,7 @@ def hub(tmp_path_factory):
     pretraining = config.load(
         pretrain_encoder.Config, [f"hub_uri={hub_uri}", f"corpus_id={corpus_record.id}", *settings]
     )
-    objective = pretrain_encoder.build_objective(pretraining)
+    objective = recipe.build_objective(pretraining, seed=pretraining.seed)
     path = folder.write_encoder_folder(
         objective.encoder,
         root / "encoder",

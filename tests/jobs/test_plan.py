@@ -10,6 +10,7 @@ from gretfound import storage
 from gretfound.config import load, to_yaml
 from gretfound.errors import ConfigError
 from jobs import plan, pretrain_encoder
+from jobs.recipe import training_of
 
 SMALL = ["conf/pretrain/demo.yaml", "conf/plan/laptop.yaml"]
 
@@ -107,16 +108,16 @@ def test_main__benchmarks_replace_assumed_rates(tmp_path: Path, capsys: pytest.C
 def test_main__a_run_replaces_the_assumed_pace(tmp_path: Path) -> None:
     """A run that reached 100 images a second and waited for data half of the time could do 200."""
     run_uri = storage.normalised(str(tmp_path / "run"))
-    recipe = load(
+    run = load(
         pretrain_encoder.Config, ["conf/pretrain/demo.yaml", "conf/scale/laptop.yaml", "hub_uri=x", "corpus_id=x"]
     )
-    storage.write_bytes(storage.join(run_uri, "config.yaml"), to_yaml(recipe).encode())
+    storage.write_bytes(storage.join(run_uri, "config.yaml"), to_yaml(run).encode())
     with pytest.raises(ConfigError, match="no metrics"):
         predicted([*SMALL, f"run_uri={run_uri}"], tmp_path)
     line = {"images_seen": 64, "images_per_s": 100.0, "data_wait_share": 0.5}
     storage.write_bytes(storage.join(run_uri, "metrics", "000000.jsonl"), json.dumps(line).encode() + b"\n")
     answer = predicted([*SMALL, f"run_uri={run_uri}"], tmp_path)
-    training = plan.training_of(recipe)
+    training = training_of(run)
     assert answer["rates"]["cpu_gflops"] == pytest.approx(200 * training.flops / 1e9)
     seconds = next(stage["seconds"] for stage in answer["stages"] if stage["name"] == "pretrain encoder")
     assert seconds["training CPUs"] == pytest.approx(9600 / 200)
