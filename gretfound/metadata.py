@@ -659,7 +659,7 @@ def caption_words() -> list[str]:
 _COUNTED_KINDS = ("word", "grade", "yes/no", "short text")
 SUMMARY_KEYS = (*(column.key for column in COLUMNS if column.kind in _COUNTED_KINDS), "dr_present", "age_band")
 PAIRS = (("dr", "age_band"), ("dr", "sex"), ("sex", "age_band"), ("glaucoma", "age_band"))
-_BLANK = ""
+BLANK = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -701,10 +701,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, min_patients: int = 11) -> M
     for key in SUMMARY_KEYS:
         people: dict[str, set[str]] = {}
         for patient, each in zip(patients, texts, strict=True):
-            people.setdefault(each.get(key, _BLANK), set()).add(patient)
-        table = Counter(each.get(key, _BLANK) for each in texts)
+            people.setdefault(each.get(key, BLANK), set()).add(patient)
+        table = Counter(each.get(key, BLANK) for each in texts)
         released = {value: count for value, count in table.items() if len(people[value]) >= min_patients}
-        if set(released) - {_BLANK}:
+        if set(released) - {BLANK}:
             counts[key] = dict(sorted(released.items()))
     pair_counts: dict[str, list[tuple[str, str, int]]] = {}
     for first, second in PAIRS:
@@ -713,7 +713,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, min_patients: int = 11) -> M
         cells: dict[tuple[str, str], set[str]] = {}
         images: Counter[tuple[str, str]] = Counter()
         for patient, each in zip(patients, texts, strict=True):
-            pair = each.get(first, _BLANK), each.get(second, _BLANK)
+            pair = each.get(first, BLANK), each.get(second, BLANK)
             if pair[0] in counts[first] and pair[1] in counts[second]:
                 cells.setdefault(pair, set()).add(patient)
                 images[pair] += 1
@@ -750,81 +750,33 @@ def released_cells(summary: MetadataSummary, cells: Mapping[str, Any]) -> Cells:
     return kept
 
 
-def draw_cells(summary: MetadataSummary, *, num: int, seed: int) -> list[Cells]:
-    """Draws cells of photographs that follow a summary; row i does not depend on ``num``.
+def cells_of(key: str, text: str) -> Cells:
+    """Returns the cells that a value of a summary's table stands for; none for a blank.
 
-    Columns are drawn in a fixed order, each from its own counts or, where a released pair table has the column and one
-    drawn before, from that table's row. Blanks are drawn as often as they were counted.
+    The inverse of what `summarise` counts, but that an age is the middle of its band, as in `released_cells`.
     """
-    return [_draw_row(summary, np.random.default_rng([seed, place])) for place in range(num)]
-
-
-def _draw_row(summary: MetadataSummary, rng: np.random.Generator) -> Cells:
-    order = [
-        "age_band",
-        "dr",
-        "sex",
-        "glaucoma",
-        *(key for key in SUMMARY_KEYS if key not in ("age_band", "dr", "sex", "glaucoma")),
-    ]
-    drawn: dict[str, str] = {}
-    for key in order:
-        if key == "dr_present" and drawn.get("dr"):
-            continue
-        table = _table_for(summary, key, drawn)
-        total = sum(table.values())
-        if total:
-            values = sorted(table)
-            weights = np.array([table[value] for value in values], dtype=np.float64)
-            drawn[key] = values[int(np.searchsorted(np.cumsum(weights / total), rng.random(), side="right"))]
-    cells: Cells = {}
-    for key, text in drawn.items():
-        if text == _BLANK:
-            continue
-        if key == "age_band":
-            low, high = _bounds_of(text)
-            cells["age"] = float(rng.integers(low, high + 1))
-        else:
-            cells |= _canonical(key, _from_text(key, text))
-    return cells
-
-
-def _table_for(summary: MetadataSummary, key: str, drawn: Mapping[str, str]) -> dict[str, int]:
-    for other in ("age_band", "dr", "sex"):
-        for name, place in ((f"{key}*{other}", 1), (f"{other}*{key}", 0)):
-            if other in drawn and name in summary.pair_counts:
-                rows = [row for row in summary.pair_counts[name] if row[place] == drawn[other]]
-                if rows:
-                    return {str(row[1 - place]): int(row[2]) for row in rows}
-    return summary.counts.get(key, {})
-
-
-def _bounds_of(band: str) -> tuple[int, int]:
-    if band == "<20":
-        return 10, 19
-    return (90, 94) if band == "90+" else (int(band[:2]), int(band[3:]))
+    if text == BLANK:
+        return {}
+    if key == "age_band":
+        return {"age": _middle_of(text)}
+    match "yes/no" if key == "dr_present" else BY_KEY[key].kind:
+        case "yes/no":
+            return _canonical(key, text == "yes")
+        case "grade":
+            return _canonical(key, int(text))
+        case _:
+            return {key: text}
 
 
 def _middle_of(band: str) -> float:
-    low, high = _bounds_of(band)
-    return float((low + high) // 2)
-
-
-def _from_text(key: str, text: str) -> Any:
-    column = BY_KEY.get(key)
-    kind = "yes/no" if column is None else column.kind
-    match kind:
-        case "yes/no":
-            return text == "yes"
-        case "grade":
-            return int(text)
-        case _:
-            return text
+    if band == "<20":
+        return 14.0
+    return 92.0 if band == "90+" else float(int(band[:2]) + 2)
 
 
 def main_country(summary: MetadataSummary) -> str:
     """Returns the country of most photographs, empty where none is released."""
-    table = {value: count for value, count in summary.counts.get("country", {}).items() if value != _BLANK}
+    table = {value: count for value, count in summary.counts.get("country", {}).items() if value != BLANK}
     return max(sorted(table), key=lambda value: table[value]) if table else ""
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
-from gretfound import contribution, deidentify, examination, fundus, lineage, metadata, shard, storage
+from gretfound import contribution, deidentify, examination, fundus, lineage, matching, metadata, shard, storage
 from gretfound.contribution import Package
 from gretfound.errors import ConfigError, GretfoundError
 from gretfound.examination import POLICIES, Examination, SitePolicy, Usable
@@ -447,7 +447,8 @@ def _draw_shards(
 
     generator = pipeline.load_pipeline(base_path, adapter_path=adapter_path, device=recipe.device)
     generator_id = f"site-{storage.sha256_of(adapter_path / pipeline.ADAPTER_TENSORS)[: lineage.ID_HEX_DIGITS]}"
-    cells = metadata.draw_cells(summary, num=recipe.num_drawn, seed=recipe.seed)
+    groups = matching.fit_groups(summary, balance={})
+    cells = matching.draw_cells(groups, num=recipe.num_drawn, seed=recipe.seed)
     captions = [metadata.caption(each) for each in cells]
     with _bar("drawing", recipe.num_drawn) as bar:
 

@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import ray
 import ray.data
 import torch
 
-from gretfound import fundus, lineage, metadata, shard, storage
+from gretfound import fundus, inspection, lineage, matching, metadata, shard, storage
 from gretfound.errors import LineageError
 from gretfound.generator.pipeline import load_pipeline
 from gretfound.generator.sampling import draw_photographs
@@ -26,8 +25,6 @@ from gretfound.lineage import Contribution, Generator, ShardSet
 
 log = logging.getLogger(__name__)
 SUMMARY_NAME = "summary/metadata_summary.json"
-# Half the spread of a dark photograph's grey levels; a collapsed sample has next to none.
-MIN_SPREAD = 4.0
 SEED_HEX_DIGITS = 15
 
 
@@ -90,10 +87,10 @@ def contribution_of(hub_uri: str, generator: Generator) -> Contribution:
     return contributions[0]
 
 
-def make_wishes(summary: metadata.MetadataSummary, part: Part, *, seed: int) -> list[Wish]:
-    """Draws the captions and seeds of a part from the site's released summary alone."""
+def make_wishes(groups: Sequence[matching.Group], part: Part, *, seed: int) -> list[Wish]:
+    """Draws the captions and seeds of a part from what `matching` makes of the site's released summary."""
     key = [seed, part.generator_id, part.index]
-    rows = metadata.draw_cells(summary, num=part.num_images, seed=_seed_from(["cells", *key]))
+    rows = matching.draw_cells(groups, num=part.num_images, seed=_seed_from(["cells", *key]))
     return [
         Wish(caption=metadata.caption(cells), cells=cells, seed=_seed_from(["image", *key, row]))
         for row, cells in enumerate(rows)
@@ -104,24 +101,18 @@ def _seed_from(content: list[Any]) -> int:
     return int(lineage.digest_of(content)[:SEED_HEX_DIGITS], 16)
 
 
-def judge(image: npt.NDArray[np.uint8]) -> str | None:
-    """Returns why a drawn photograph is no fundus photograph at all, or None if it passes."""
-    if float(image.std()) < MIN_SPREAD:
-        return "blank"
-    return "no field of view" if fundus.find_field_of_view(image) is None else None
-
-
 class Painter:
     """Draws parts; one actor of the pool. It keeps the last generator loaded.
 
     Args:
         hub_uri: The hub.
         seed: Seeds captions and images.
+        balance: What to draw more evenly than the site has it, as `matching.fit_groups` takes it.
         num_steps: Steps of the solver.
         guidance_scale: Weight of the caption.
         batch_size: Photographs drawn together.
         jpeg_quality: 1 to 100; 0 stores PNG, without loss.
-        is_screened: Whether what `judge` names is left out.
+        is_screened: Whether what `inspection` rejects is left out.
         device: ``cpu`` or ``cuda``.
         precision: ``float32`` or ``bfloat16``.
     """
@@ -131,6 +122,7 @@ class Painter:
         *,
         hub_uri: str,
         seed: int,
+        balance: Mapping[str, float],
         num_steps: int,
         guidance_scale: float,
         batch_size: int,
@@ -139,7 +131,7 @@ class Painter:
         device: str,
         precision: str,
     ) -> None:
-        self._hub_uri, self._seed, self._jpeg_quality = hub_uri, seed, jpeg_quality
+        self._hub_uri, self._seed, self._balance, self._jpeg_quality = hub_uri, seed, balance, jpeg_quality
         self._is_screened = is_screened
         self._drawing: dict[str, Any] = {
             "num_steps": num_steps,
@@ -163,7 +155,8 @@ class Painter:
     def paint(self, part: Part) -> None:
         """Draws one part, writes its shard and then its receipt."""
         summary = read_summary(self._hub_uri, part.contribution_id)
-        wishes = make_wishes(summary, part, seed=self._seed)
+        groups = matching.fit_groups(summary, balance=self._balance)
+        wishes = make_wishes(groups, part, seed=self._seed)
         drawn = draw_photographs(
             pipeline=self._pipeline(part.generator_id),
             captions=[wish.caption for wish in wishes],
@@ -171,10 +164,11 @@ class Painter:
             **self._drawing,
         )
         rejected: Counter[str] = Counter()
+        inspector = inspection.Inspector(num_images=part.num_images)
 
         def rows() -> Iterator[dict[str, Any]]:
             for image, wish in zip(drawn, wishes, strict=True):
-                if self._is_screened and (reason := judge(image)):
+                if self._is_screened and (reason := inspector.judge(image)):
                     rejected[reason] += 1
                     continue
                 jpeg = self._jpeg_quality

@@ -3,8 +3,10 @@
     python -m jobs.synthesize conf/generator/synthesize_demo.yaml hub_uri=runs/demo/hub
     python -m jobs.synthesize hub_uri=s3://hub generator_ids=[generator-1f0c] num_images=100000 num_actors=8 \
         gpus_per_actor=1 precision=bfloat16
+    python -m jobs.synthesize hub_uri=runs/demo/hub balance.dr=0.5
 
-Without generator_ids every generator of a site draws. Parts that an earlier run finished are kept. The last line is the
+Without generator_ids every generator of a site draws. Parts that an earlier run finished are kept.
+HUB/runs/RECIPE/target.json says how often each value is asked for, and how often the site has it. The last line is the
 shard set's id; with several generators, their shard sets' ids joined by commas.
 """
 
@@ -23,11 +25,16 @@ class Config:
     generator_ids: list[str] = setting([], "generator record ids; empty: the generators of all sites")
     num_images: int = setting(10_000, "photographs to draw from each generator")
     seed: int = setting(0, "decides captions and first latents")
+    balance: dict[str, float] = setting(
+        {}, "by column, as balance.dr=0.5: 0 draws its values as at the site, 1 all alike"
+    )
     num_steps: int = setting(20, "steps of DPM-Solver++")
     guidance_scale: float = setting(3.0, "weight of the caption; 1: no guidance")
     images_per_shard: int = setting(4096, "photographs a shard, and lost at most when an actor dies")
     jpeg_quality: int = setting(95, "1 to 100; 0: PNG, without loss")
-    is_screened: bool = setting(True, "leave out what is blank or shows no field of view; counted by reason")
+    is_screened: bool = setting(
+        True, "leave out what is no fundus photograph, of bad quality or there already; counted"
+    )
     batch_size: int = setting(16, "photographs that an actor draws together")
     num_actors: int = setting(1, "actors that draw, each with a pipeline loaded")
     cpus_per_actor: float = setting(1.0, "CPUs that each one reserves")
@@ -43,11 +50,15 @@ class Config:
             raise ConfigError("num_images, num_steps, images_per_shard, batch_size and num_actors must be at least 1")
         if not 0 <= self.jpeg_quality <= 100:
             raise ConfigError(f"jpeg_quality={self.jpeg_quality} is not within 0 to 100")
+        from gretfound import matching
+
+        matching.check_balance(self.balance)
 
 
 # What an image depends on; everything else only says where and how fast it is drawn.
 RESULT_KEYS = (
-    "num_images", "seed", "num_steps", "guidance_scale", "images_per_shard", "jpeg_quality", "is_screened", "precision"
+    "num_images", "seed", "balance", "num_steps", "guidance_scale", "images_per_shard", "jpeg_quality", "is_screened",
+    "precision"
 )  # fmt: skip
 
 
@@ -56,7 +67,7 @@ def main(argv: list[str]) -> str:
     config = load(Config, argv)
     from tqdm import tqdm
 
-    from gretfound import fit, lineage, storage, synthesis
+    from gretfound import fit, lineage, matching, storage, synthesis
     from gretfound.lineage import Generator, ShardSet
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -75,9 +86,12 @@ def main(argv: list[str]) -> str:
     for generator in unfinished:
         run_uri = storage.run_uri(hub_uri, recipes[generator.id])
         storage.write_bytes(storage.join(run_uri, "config.yaml"), to_yaml(config).encode())
+        contribution_id = synthesis.contribution_of(hub_uri, generator).id
+        target = matching.describe(synthesis.read_summary(hub_uri, contribution_id), balance=config.balance)
+        storage.write_json(storage.join(run_uri, "target.json"), target)
         parts[generator.id] = synthesis.cut_into_parts(
             generator=generator,
-            contribution_id=synthesis.contribution_of(hub_uri, generator).id,
+            contribution_id=contribution_id,
             run_uri=run_uri,
             num_images=config.num_images,
             images_per_shard=config.images_per_shard,
@@ -99,6 +113,7 @@ def main(argv: list[str]) -> str:
                 on_progress=bar.update,
                 hub_uri=hub_uri,
                 seed=config.seed,
+                balance=config.balance,
                 num_steps=config.num_steps,
                 guidance_scale=config.guidance_scale,
                 batch_size=config.batch_size,

@@ -26,11 +26,11 @@ ROWS = [
         "gretfound.synthesis",
         "gretfound.tracking",
     },
-    {"gretfound.corpus", "gretfound.evaluation", "gretfound.generator"},
+    {"gretfound.corpus", "gretfound.evaluation", "gretfound.generator", "gretfound.inspection"},
     {"gretfound.duplicates"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder"},
     {"gretfound.storage"},
-    {"gretfound.deidentify", "gretfound.phantom"},
+    {"gretfound.deidentify", "gretfound.matching", "gretfound.phantom"},
     {"gretfound.lineage", "gretfound.metadata", "gretfound.fundus", "gretfound.capacity", "gretfound.averaging"},
     {"gretfound.config", "gretfound.errors"},
 ]

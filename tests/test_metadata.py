@@ -1,12 +1,10 @@
 """The dictionary of columns, captions and the summary, against hand-made truths and the real sites."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import chisquare
 
 from gretfound import metadata
 from tests.conftest import REAL_PHOTOGRAPHS
@@ -178,24 +176,6 @@ def test_summary_from_json__round_trip() -> None:
     assert json.dumps(metadata.summary_to_json(again), sort_keys=True) == text
     with pytest.raises(ValueError, match="summary"):
         metadata.summary_from_json({"schema": "other"})
-
-
-def test_draw_cells__row_does_not_depend_on_num() -> None:
-    summary = metadata.summarise(people(100))
-    assert metadata.draw_cells(summary, num=40, seed=3)[:15] == metadata.draw_cells(summary, num=15, seed=3)
-    assert metadata.draw_cells(summary, num=15, seed=3) != metadata.draw_cells(summary, num=15, seed=4)
-
-
-def test_draw_cells__follows_the_counts_and_the_listed_pairs() -> None:
-    rows = people(1500)
-    drawn = metadata.draw_cells(metadata.summarise(rows), num=3000, seed=1)
-    for key in ("dr", "sex", "glaucoma"):
-        truth, found = (Counter(row[key] for row in each) for each in (rows, drawn))
-        expected = np.array([truth[value] for value in sorted(truth)]) * len(drawn) / len(rows)
-        assert chisquare([found[value] for value in sorted(truth)], expected).pvalue > 1e-3, key
-    for old in (False, True):
-        share_of = [np.mean([row["dr"] == 0 for row in each if (row["age"] >= 60) == old]) for each in (rows, drawn)]
-        assert share_of[0] == pytest.approx(share_of[1], abs=0.05)
 
 
 def test_read_metadata__a_column_given_twice_is_an_error(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gretfound import lineage, metadata, shard, storage, synthesis
+from gretfound import lineage, matching, metadata, shard, storage, synthesis
 from gretfound.config import canonical, load
 from gretfound.lineage import Generator, ShardSet
 from jobs import synthesize
@@ -21,16 +21,9 @@ def _hub(hub_uri: str, tmp_path: Path) -> Generator:
     return storage.publish_folder(hub_uri, write_base(tmp_path / "pipeline"), record)
 
 
-def test_judge__names_what_is_no_photograph() -> None:
-    assert synthesis.judge(np.full((64, 64, 3), 90, np.uint8)) == "blank"
-    y, x = np.ogrid[:64, :64]
-    disc = np.where(((x - 31.5) ** 2 + (y - 31.5) ** 2 < 29**2)[..., None], (180, 90, 40), (0, 0, 0)).astype(np.uint8)
-    assert synthesis.judge(disc) is None
-
-
 def test_make_wishes__follow_the_summary_and_differ_between_parts() -> None:
     rows = [{"patient": f"p{i}", "sex": "female" if i % 4 else "male", "dr": i % 2, "age": 50.0} for i in range(80)]
-    summary = metadata.summarise(rows, min_patients=1)
+    groups = matching.fit_groups(metadata.summarise(rows, min_patients=1), balance={})
     parts = [
         synthesis.Part(
             generator_id="generator-0", contribution_id="contribution-0", site_id="aster", run_uri="runs/x",
@@ -38,8 +31,8 @@ def test_make_wishes__follow_the_summary_and_differ_between_parts() -> None:
         )
         for index in range(2)
     ]  # fmt: skip
-    wishes = [synthesis.make_wishes(summary, part, seed=1) for part in parts]
-    assert wishes[0] == synthesis.make_wishes(summary, parts[0], seed=1)
+    wishes = [synthesis.make_wishes(groups, part, seed=1) for part in parts]
+    assert wishes[0] == synthesis.make_wishes(groups, parts[0], seed=1)
     assert len({wish.seed for part in wishes for wish in part}) == 800
     share = np.mean([wish.cells["sex"] == "female" for part in wishes for wish in part])
     assert share == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 800) ** 0.5)
@@ -53,8 +46,9 @@ def test_synthesize__a_job_that_was_killed_ends_with_the_same_rows(ray_cluster: 
     keys = [f"hub_uri={hub_uri}", "num_images=10", "images_per_shard=4", "num_steps=2", "is_screened=false"]
     keys += ["cpus_per_actor=0.5", "num_actors=2"]
     undisturbed = storage.read_record(hub_uri, synthesize.main(keys), ShardSet)
-    settings = canonical(load(synthesize.Config, keys))
-    recipe = lineage.recipe_id("synthesize", {each: settings[each] for each in synthesize.RESULT_KEYS}, [generator.id])
+    config = canonical(load(synthesize.Config, keys))
+    settings = {each: config[each] for each in synthesize.RESULT_KEYS if each != "balance"}
+    recipe = lineage.recipe_id("synthesize", settings, [generator.id])
     run_path = storage.local_path(storage.run_uri(hub_uri, recipe))
     assert run_path is not None
     # What a job leaves that dies after its second part: that part's shard and receipt, and another shard of its own.
@@ -73,3 +67,11 @@ def test_synthesize__a_job_that_was_killed_ends_with_the_same_rows(ray_cluster: 
     assert {(row["origin"], row["site_id"], row["patient"]) for row in rows} == {("synthetic", "aster", None)}
     assert all(row["prompt"].startswith("colour fundus photograph") for row in rows)
     assert synthesize.main(keys) == undisturbed.id
+    target = storage.read_json(storage.join(storage.run_uri(hub_uri, recipe), "target.json"))
+    assert target["balance"] == {} and target["columns"]["glaucoma"]
+    balanced = storage.read_record(hub_uri, synthesize.main([*keys, "balance.sex=1"]), ShardSet)
+    assert balanced.recipe_id != undisturbed.recipe_id
+    target = storage.read_json(storage.join(storage.run_uri(hub_uri, balanced.recipe_id), "target.json"))
+    assert target["balance"] == {"sex": 1.0}
+    told = [share["target"] for value, share in target["columns"]["sex"].items() if value]
+    assert told == pytest.approx([sum(told) / len(told)] * len(told))

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import torch
 
-from gretfound import fundus, phantom, storage, synthesis
+from gretfound import fundus, inspection, phantom, storage
 from gretfound.capacity import StagePrediction
 from gretfound.config import load
 from gretfound.encoder import crops
@@ -174,9 +174,10 @@ def cpu_rates() -> dict[str, float]:
     encoded = [fundus.encode_jpeg(image) for image in large]
     argv = ["conf/pretrain/dinov2_vitl14.yaml", "hub_uri=x", "corpus_id=x"]
     distillation = recipe.build_views(load(pretrain_encoder.Config, argv))
-    began_s, number = time.perf_counter(), 64
+    number, inspector = 64, inspection.Inspector(num_images=64)
+    began_s = time.perf_counter()
     for place in range(number):
-        synthesis.judge(small[place % len(small)])
+        inspector.judge(small[place % len(small)])
         fundus.encode_jpeg(small[place % len(small)])
     drawn = number / (time.perf_counter() - began_s)
     return {
