@@ -1,8 +1,9 @@
 """Distances between two sets of photographs as feature matrices: KID, FID, precision, recall, density and coverage.
 
-Pure functions of arrays: what the rows are, and whether the real ones were held out, is `gretfound.evaluation.fidelity`'s
-matter. Matrices are walked in blocks of float64, so that 50,000 by 2,048 float32 features on both sides (0.8 GB) take at
-most 0.5 GB more. KID and the neighbourhoods look at all pairs: 3 x 10^13 operations at that size.
+Pure functions of arrays: what the rows are, and whether the real ones were held out, is the matter of
+`gretfound.evaluation.fidelity`. Matrices are walked in blocks of float64, so that 50,000 by 2,048 float32 features on
+both sides (0.8 GB) take by count of the arrays 0.5 GB more. KID and the neighbourhoods look at all pairs: 3 x 10^13
+operations at that size.
 """
 
 from collections.abc import Iterator
@@ -302,7 +303,8 @@ def _influences(feature_ND: Features, mean_D: Floats, shift_D: Floats, transport
     for rows in _blocks(len(feature_ND), BLOCK_ROWS):
         centred_BD = feature_ND[rows] - mean_D
         influence_N[rows] = np.einsum("bd,bd->b", centred_BD @ slope_DD, centred_BD) + 2.0 * (centred_BD @ shift_D)
-    return influence_N - influence_N.mean()
+    influence_N -= influence_N.mean()
+    return influence_N
 
 
 def _squared_distances(left_ND: Features, right_MD: Features) -> Iterator[tuple[slice, Floats]]:

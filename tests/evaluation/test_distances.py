@@ -253,10 +253,9 @@ def test_figures__memory_does_not_grow_with_pairs(figure):
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed")
 def test_figures__equal_torch_fidelity():
+    import torch
     from torch_fidelity.metric_fid import fid_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
-
-    import torch
 
     real_ND, generated_MD = gaussian(0, 200, width=8), gaussian(1, 200, mean=0.5, width=8)
     features = torch.from_numpy(real_ND), torch.from_numpy(generated_MD)

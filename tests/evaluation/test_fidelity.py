@@ -48,7 +48,7 @@ def test_compare__photographs_of_the_training_are_refused_with_their_number(is_p
     known = {*TRAINED_ON, "real-3", "real-17", "real-39"}
     trained_on = known.__contains__ if is_predicate else sorted(known)
     for measure in (fidelity.compare, fidelity.compare_by_condition):
-        with pytest.raises(LineageError, match="found 3 of 40 reference photographs .* required none"):
+        with pytest.raises(LineageError, match=r"found 3 of 40 reference photographs .* required none"):
             measure(real, sample("generated", 40, seed=1), trained_on=trained_on)
 
 
