@@ -3,8 +3,8 @@
 It looks at pixels alone: whether there is a field of view, whether that is sharp, shows structure and is lit, and
 whether the same part holds it already. A site's released summary says nothing of these, so the limits are constants,
 well beyond every real and drawn photograph that they were measured on (docs/log.md). Whether a photograph shows what
-its caption says, or is a copy of one of a patient's, is not for this room; near-duplicates in other parts, of other
-sites and of real photographs are found where they meet, in a corpus (`gretfound.duplicates`).
+its caption says, or copies a patient's, is not for this room; near-duplicates in other parts, of other sites and of
+real photographs are found where they meet, in a corpus (`gretfound.duplicates`).
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from gretfound.fundus import FieldOfView, Photograph
 
 # Half the spread of a dark photograph's grey levels; a collapsed sample has next to none.
 MIN_SPREAD = 4.0
-# About six tenths of the least that was measured on real and drawn photographs of 64 and 256 px, or 1.6 times the most.
-MIN_SHARPNESS, MAX_SHARPNESS = 1.5, 70.0
-MIN_CONTRAST = 0.06
-MIN_BRIGHTNESS = 47.0
+# About six tenths of the least that was measured on real and drawn photographs, or 1.6 times the most.
+MIN_SHARPNESS, MAX_SHARPNESS = 1.3, 70.0
+MIN_CONTRAST = 0.025
+MIN_BRIGHTNESS = 41.0
 MAX_WHITE_SHARE = 0.1  # five times the most
 _SIDE_PX = 256
 _RADIUS_SHARE = 0.9  # of the field of view: its rim is the camera's mask

@@ -57,8 +57,8 @@ def test_judge__drawn_photographs_of_every_site_pass(site_id: str, size_px: int)
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda image: blurred(image, 0.04), "blurred"),
-        (lambda image: flattened(image, 0.15), "low contrast"),
+        (lambda image: blurred(image, 0.1), "blurred"),
+        (lambda image: flattened(image, 0.1), "low contrast"),
         (lambda image: scaled(image, 0.15), "underexposed"),
         (lambda image: scaled(image, 6.0), "overexposed"),
         (grainy, "noisy"),

@@ -69,7 +69,7 @@ def test_synthesize__a_job_that_was_killed_ends_with_the_same_rows(ray_cluster: 
     assert synthesize.main(keys) == undisturbed.id
     target = storage.read_json(storage.join(storage.run_uri(hub_uri, recipe), "target.json"))
     assert target["balance"] == {} and target["columns"]["glaucoma"]
-    balanced = storage.read_record(hub_uri, synthesize.main([*keys, "balance.sex=1"]), ShardSet)
+    balanced = storage.read_record(hub_uri, synthesize.main([*keys, "num_images=1", "balance.sex=1"]), ShardSet)
     assert balanced.recipe_id != undisturbed.recipe_id
     target = storage.read_json(storage.join(storage.run_uri(hub_uri, balanced.recipe_id), "target.json"))
     assert target["balance"] == {"sex": 1.0}
