@@ -97,7 +97,7 @@ def shuffled(image: np.ndarray) -> np.ndarray:
 
 
 def repainted(image: np.ndarray) -> np.ndarray:
-    return (image * np.array([0.85, 1.0, 1.0])).astype(np.uint8)
+    return (image * np.array([0.75, 1.0, 1.0])).astype(np.uint8)
 
 
 @pytest.mark.parametrize("damage", [blurred, shuffled, repainted])
