@@ -11,6 +11,7 @@ shard set's id; with several generators, their shard sets' ids joined by commas.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
@@ -62,6 +63,11 @@ RESULT_KEYS = (
 )  # fmt: skip
 
 
+def result_settings(config: Config) -> dict[str, Any]:
+    """Returns what names the recipe."""
+    return {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}
+
+
 def main(argv: list[str]) -> str:
     """Runs the job; returns the shard sets' ids, joined by commas."""
     config = load(Config, argv)
@@ -78,7 +84,7 @@ def main(argv: list[str]) -> str:
     )
     if not generators:
         raise ConfigError("the hub holds no site's generator; run jobs.finetune_generators, or jobs.intake for weights")
-    settings = {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}
+    settings = result_settings(config)
     recipes = {each.id: lineage.recipe_id("synthesize", settings, [each.id]) for each in generators}
     shard_sets = {each.id: storage.finished_record(hub_uri, recipes[each.id], ShardSet) for each in generators}
     unfinished = [each for each in generators if shard_sets[each.id] is None]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gretfound import lineage, matching, metadata, shard, storage, synthesis
-from gretfound.config import canonical, load
+from gretfound.config import load
+from gretfound.errors import ConfigError
 from gretfound.lineage import Generator, ShardSet
 from jobs import synthesize
 from tests.tiny_generator import RESOLUTION_PX, publish_site, write_base
@@ -19,6 +20,13 @@ def _hub(hub_uri: str, tmp_path: Path) -> Generator:
         final_loss=1.0,
     )  # fmt: skip
     return storage.publish_folder(hub_uri, write_base(tmp_path / "pipeline"), record)
+
+
+def test_result_settings__the_balance_names_the_recipe() -> None:
+    balanced = synthesize.result_settings(load(synthesize.Config, ["hub_uri=x", "balance.dr=0.5", "num_actors=8"]))
+    assert balanced == synthesize.result_settings(load(synthesize.Config, ["hub_uri=x"])) | {"balance": {"dr": 0.5}}
+    with pytest.raises(ConfigError, match="shoe_size"):
+        load(synthesize.Config, ["hub_uri=x", "balance.shoe_size=1"])
 
 
 def test_make_wishes__follow_the_summary_and_differ_between_parts() -> None:
@@ -44,10 +52,9 @@ def test_synthesize__a_job_that_was_killed_ends_with_the_same_rows(ray_cluster: 
     generator = _hub(hub_uri, tmp_path / "work")
     # An untrained generator draws no field of view, so nothing is left out here.
     keys = [f"hub_uri={hub_uri}", "num_images=10", "images_per_shard=4", "num_steps=2", "is_screened=false"]
-    keys += ["cpus_per_actor=0.5", "num_actors=2"]
+    keys += ["cpus_per_actor=0.5", "num_actors=2", "balance.sex=1"]
     undisturbed = storage.read_record(hub_uri, synthesize.main(keys), ShardSet)
-    config = canonical(load(synthesize.Config, keys))
-    settings = {each: config[each] for each in synthesize.RESULT_KEYS if each != "balance"}
+    settings = synthesize.result_settings(load(synthesize.Config, keys))
     recipe = lineage.recipe_id("synthesize", settings, [generator.id])
     run_path = storage.local_path(storage.run_uri(hub_uri, recipe))
     assert run_path is not None
@@ -68,10 +75,6 @@ def test_synthesize__a_job_that_was_killed_ends_with_the_same_rows(ray_cluster: 
     assert all(row["prompt"].startswith("colour fundus photograph") for row in rows)
     assert synthesize.main(keys) == undisturbed.id
     target = storage.read_json(storage.join(storage.run_uri(hub_uri, recipe), "target.json"))
-    assert target["balance"] == {} and target["columns"]["glaucoma"]
-    balanced = storage.read_record(hub_uri, synthesize.main([*keys, "num_images=1", "balance.sex=1"]), ShardSet)
-    assert balanced.recipe_id != undisturbed.recipe_id
-    target = storage.read_json(storage.join(storage.run_uri(hub_uri, balanced.recipe_id), "target.json"))
     assert target["balance"] == {"sex": 1.0}
     told = [share["target"] for value, share in target["columns"]["sex"].items() if value]
     assert told == pytest.approx([sum(told) / len(told)] * len(told))
