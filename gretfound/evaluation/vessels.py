@@ -1,9 +1,11 @@
 """Vessel statistics of a fundus photograph: density, fractal dimension and tortuosity, from a classical segmentation.
 
 No network is asked, so the figures can be repeated anywhere and favour no generator. They are for comparing the
-distributions of many photographs, not for a patient: on drawn photographs, whose vessels are known,
-`tests/evaluation/test_vessels.py` says how well they follow the truth. They depend on sharpness and on the size that
-photographs are measured at: measure real and generated ones at one size, which neither is enlarged to.
+distributions of many photographs, not for a patient. On 15 drawn eyes of five sites, the same that its thresholds were
+chosen on, the rank correlation with the drawn truth was 0.6 for density, 0.7 for tortuosity (0.01 too high on average)
+and about 0 for the fractal dimension; `tests/evaluation/test_vessels.py` tests the first two on other eyes. All depend
+on sharpness, on haze (a veiled vessel is not found) and on the size that photographs are measured at: measure real and
+generated ones at one size, which neither is enlarged to.
 """
 
 import functools
