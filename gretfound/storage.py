@@ -87,17 +87,23 @@ def exists(uri: str) -> bool:
 
 def list_uris(uri: str) -> list[str]:
     """Lists the objects below ``uri``, recursively and sorted; an absent folder has none."""
-    opened, path = filesystem(uri)
-    selector = arrow_fs.FileSelector(path, allow_not_found=True, recursive=True)
-    found = [entry.path for entry in opened.get_file_info(selector) if entry.type == arrow_fs.FileType.File]
+    _, path = filesystem(uri)
+    found = [entry.path for entry in _listed(uri, recursive=True) if entry.type == arrow_fs.FileType.File]
     return sorted(join(uri, entry.removeprefix(path)) for entry in found)
 
 
 def list_names(uri: str) -> list[str]:
     """Lists the names directly below ``uri``, sorted; an absent folder has none."""
+    return sorted(entry.base_name for entry in _listed(uri, recursive=False))
+
+
+def _listed(uri: str, *, recursive: bool) -> list[arrow_fs.FileInfo]:
     opened, path = filesystem(uri)
-    selector = arrow_fs.FileSelector(path, allow_not_found=True)
-    return sorted(entry.base_name for entry in opened.get_file_info(selector))
+    selector = arrow_fs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    try:
+        return list(opened.get_file_info(selector))
+    except FileNotFoundError:  # pyarrow 26 looks twice for an absent folder, and it was made between the two
+        return list(opened.get_file_info(selector))
 
 
 def read_bytes(uri: str) -> bytes:

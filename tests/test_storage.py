@@ -91,6 +91,25 @@ def test_read_parents__those_of_one_kind(hub_uri: str) -> None:
     assert storage.read_parents(hub_uri, first, Report) == []
 
 
+def test_list_names__a_folder_that_another_makes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made").mkdir()
+    real, _ = storage.filesystem(str(tmp_path))
+
+    class Late:
+        looks = 0
+
+        def get_file_info(self, selector: object) -> object:
+            self.looks += 1
+            if self.looks == 1:
+                raise FileNotFoundError(2, "Cannot list directory")
+            return real.get_file_info(selector)
+
+    late = Late()
+    monkeypatch.setattr(storage, "filesystem", lambda uri: (late, uri))
+    assert storage.list_names(str(tmp_path)) == ["made"]
+    assert late.looks == 2
+
+
 def test_ledger__many_writers_make_one_chain(hub_uri: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(
