@@ -35,7 +35,8 @@ class Averaged(nn.Module):
     """An objective, and the exponential moving average of the weights that it trains.
 
     The average is what samples should be drawn with: a diffusion model's last weights still carry the noise of their
-    last steps. At first it follows faster, since there is little to average.
+    last steps. At first it follows faster, since there is little to average. Of what `gretfound.fit` lets an objective
+    have, only ``forward`` is passed on.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), appendix B; the warm-up ``(1 + n) / (10 + n)`` after n steps is that of
     diffusers' `EMAModel` and TensorFlow's `ExponentialMovingAverage`.

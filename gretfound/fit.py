@@ -437,14 +437,14 @@ def run(
     opened, path = storage.filesystem(storage.join(run_uri, "train"))
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
 
-    def diverging_once(settings: dict[str, Any]) -> Any:
+    def returning_divergence(settings: dict[str, Any]) -> Any:
         try:
             return worker(settings)
         except NonFiniteLoss as error:  # on every worker alike; raised, it would count as a failure to recover from
             return error
 
     trainer = ray.train.torch.TorchTrainer(
-        diverging_once,
+        returning_divergence,
         train_loop_config=worker_settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=(min_workers, num_workers) if min_workers else num_workers,

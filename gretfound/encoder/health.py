@@ -142,6 +142,8 @@ def referable_probe(
     Returns:
         None where fewer than 50 are labelled or one class is absent.
     """
+    from sklearn.metrics import roc_auc_score  # seconds to import, while a run's first step waits
+
     is_labelled = label >= 0
     positive = (label[is_labelled] >= 2).double()
     if len(positive) < 50 or positive.min() == positive.max():
@@ -151,7 +153,5 @@ def referable_probe(
     similarity_BB = (unit_BD @ unit_BD.T).masked_fill(keys[:, None] == keys[None], -torch.inf)
     nearest, place = similarity_BB.topk(min(num_neighbours, len(positive) - 1), dim=1)
     weight = (nearest / 0.07).softmax(dim=1)
-    from sklearn.metrics import roc_auc_score  # seconds to import, while a run's first step waits
-
     score = (weight * positive[place]).sum(1)
     return float(roc_auc_score(positive, score))

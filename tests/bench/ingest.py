@@ -321,7 +321,3 @@ def fidelity(paths: list[Path]) -> tuple[float, float, dict[str, float]]:
         "deviation, torchvision's": float(b.std()) / 255,
     }
     return float(F.l1_loss(a, b)), float(F.l1_loss(c, b)), statistics
-
-
-if __name__ == "__main__":  # workers of a pool import this module again
-    main()

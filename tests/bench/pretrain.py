@@ -154,7 +154,3 @@ def main() -> None:
         ],
         cpus=NUM_THREADS,
     )
-
-
-if __name__ == "__main__":  # workers of a pool import this module again
-    main()
