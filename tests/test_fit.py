@@ -10,6 +10,7 @@ import pytest
 import ray.train
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gretfound import fit, storage
 from gretfound.checkpoints import LocalCheckpoints
@@ -169,6 +170,28 @@ def test_train__bfloat16_follows_float32() -> None:
         **SETTINGS,
     )
     assert losses == pytest.approx(plain_losses(), rel=0.03)
+
+
+class AttentionTypes(TorchDispatchMode):
+    """Writes down in which type attention is computed, recomputed and differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.dtype] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "attention" in str(func):
+            self.found.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_train__attention_of_bfloat16_on_a_cpu_is_float32_also_when_recomputed() -> None:
+    with AttentionTypes() as types:
+        fit.train(autoencoder(), batches_of(0, 1, 8), precision="bfloat16", recomputes_activations=True, **SETTINGS)
+    assert set(types.found) == {torch.float32}
+    assert len(types.found) >= 3 * SETTINGS["num_images"] / SETTINGS["batch_size"]
 
 
 class Watched(nn.Module):
