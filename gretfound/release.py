@@ -6,12 +6,9 @@ release with `verify_release`, offline.
 """
 
 import base64
-import hashlib
 import json
 import logging
-import os
 import shutil
-import stat
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +18,15 @@ import numpy as np
 import timm
 import torch
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from safetensors.torch import load_file
 
-from gretfound import lineage, storage
+from gretfound import lineage, signing, storage
 from gretfound.encoder import folder
 from gretfound.encoder.transform import Transform
-from gretfound.errors import ConfigError, LineageError, ReleaseBlocked, StorageError
+from gretfound.errors import LineageError, ReleaseBlocked, StorageError
 from gretfound.lineage import Encoder, Record, Release, Report, ShardSet
+from gretfound.signing import key_id
 
 log = logging.getLogger(__name__)
 LICENCE = "CC-BY-NC-4.0"
@@ -150,37 +147,9 @@ def read_signing_key(path: Path) -> Ed25519PrivateKey:
         ConfigError: If others can read it, or it is no Ed25519 key.
     """
     if not path.exists():
-        _make_signing_key(path)
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise ConfigError(f"signing_key_path: others can read the key; run `chmod 600 {path}`, or make a new key")
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"signing_key_path: {path} holds no unencrypted PEM private key") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"signing_key_path: {path} holds a key of another kind; required Ed25519")
-    return key
-
-
-def read_public_key(path: Path) -> Ed25519PublicKey:
-    """Reads a public key in PEM.
-
-    Raises:
-        ConfigError: If it is no Ed25519 public key.
-    """
-    try:
-        key = serialization.load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} holds no PEM public key") from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"{path} holds a key of another kind; required Ed25519")
-    return key
-
-
-def key_id(public_key: Ed25519PublicKey) -> str:
-    """Names a public key by the SHA-256 of its raw bytes, in hex."""
-    raw = public_key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return hashlib.sha256(raw).hexdigest()
+        signing.make_private_key(path)
+        log.info("made a signing key; give %s.pub to whoever verifies releases, and back the key up", path)
+    return signing.read_private_key(path)
 
 
 def sign_folder(path: Path, signing_key: Ed25519PrivateKey) -> None:
@@ -482,19 +451,6 @@ def _summary(record: Record) -> str:
         if content.get(key) not in (None, "")
     }
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
-
-
-def _make_signing_key(path: Path) -> None:
-    key = Ed25519PrivateKey.generate()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-        stream.write(private)
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    path.with_name(f"{path.name}.pub").write_bytes(public)
-    log.info("made a signing key; give %s.pub to whoever verifies releases, and back the key up", path)
 
 
 def _digests(path: Path) -> dict[str, str]:

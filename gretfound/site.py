@@ -1,4 +1,4 @@
-"""The site's command line: `check`, `contribute`, `inspect`, for a data manager, without a network or a programmer.
+"""The site's command line: `check`, `contribute`, `sign`, `inspect`, for a data manager, without a network.
 
 A contribution is one command that can be run again: it goes on where it stopped, and a finished package is found. What
 is learned about patients stays in the work folder and goes away with it; only the package leaves.
@@ -6,6 +6,7 @@ is learned about patients stays in the work folder and goes away with it; only t
 
 import argparse
 import contextlib
+import getpass
 import json
 import multiprocessing
 import os
@@ -16,15 +17,31 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
-from gretfound import contribution, deidentify, examination, fundus, lineage, matching, metadata, shard, storage
-from gretfound.contribution import Package
+from gretfound import (
+    contribution,
+    deidentify,
+    examination,
+    fundus,
+    keyring,
+    lineage,
+    matching,
+    metadata,
+    sealing,
+    shard,
+    signing,
+    storage,
+    strongbox,
+)
 from gretfound.errors import ConfigError, GretfoundError
 from gretfound.examination import POLICIES, Examination, SitePolicy, Usable
+from gretfound.keyring import Keyring
+from gretfound.sealing import Package
 
 if TYPE_CHECKING:
     from gretfound import fit
@@ -82,7 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 for success or fit, 1 for not fit, 2 for a wrong command or a failure."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every autoencoder but its largest one
-    command = {"check": _check, "contribute": _contribute, "inspect": _inspect, "columns": _columns}[arguments.command]
+    command = {
+        "check": _check,
+        "contribute": _contribute,
+        "keys": _keys,
+        "sign": _sign,
+        "inspect": _inspect,
+        "columns": _columns,
+    }[arguments.command]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about the libraries' own next versions: not for the reader
@@ -125,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--key", type=Path, metavar="FILE", help="secret for pseudonyms; default ~/.config/gretfound/NAME.key"
     )
+    _add_keys_options(make)
     make.add_argument(
         "--method", choices=("lora", "full"), default=default.method, help="what of the generator is trained"
     )
@@ -144,12 +169,33 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help="cuda trains on the GPU")
     make.add_argument("--seed", type=int, default=default.seed, metavar="N")
 
-    inspect = commands.add_parser("inspect", help="what is in a package, in words; verifies every byte")
+    keys = commands.add_parser("keys", help="make this site's keys once, and show them; the card is for the hub")
+    keys.add_argument("--site-id", required=True, metavar="NAME", help="lower-case letters, digits, hyphens")
+    keys.add_argument("--hub", type=Path, metavar="FILE", help="the hub's card, hub.json: for whom to seal")
+    keys.add_argument("--replace", choices=keyring.ROLES, help="put a new key in the place of this one")
+    _add_keys_options(keys)
+
+    sign = commands.add_parser("sign", help="the data steward, having read a draft, signs it; ends in one sealed file")
+    sign.add_argument("draft", type=Path, metavar="FILE", help="the draft that contribute wrote, ending in .tar")
+    sign.add_argument("--steward-key", type=Path, metavar="FILE", help="if the steward keeps it elsewhere")
+    sign.add_argument("--yes", action="store_true", help="do not ask once more")
+    _add_keys_options(sign)
+
+    inspect = commands.add_parser("inspect", help="what is in a draft or package, in words; verifies every byte")
     inspect.add_argument("package", type=Path, metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.add_argument("--keys", type=Path, metavar="DIR", help="tell what this site's keyring remembers of it")
+    inspect.add_argument("--identity", type=Path, metavar="FILE", help="at the hub: open it with this age identity")
 
     commands.add_parser("columns", help="the metadata columns that are understood, and how to write them")
     return parser
+
+
+def _add_keys_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keys", type=Path, metavar="DIR", help="the site's keys; default ~/.config/gretfound/NAME")
+    parser.add_argument(
+        "--passphrase-file", type=Path, metavar="FILE", help="the steward's passphrase; without it, it is asked for"
+    )
 
 
 def contribute(
@@ -163,8 +209,13 @@ def contribute(
     base: str = "",
     work_path: Path | None = None,
     key_path: Path | None = None,
+    keys_path: Path | None = None,
+    passphrase: str = "",
+    today: date | None = None,
 ) -> Package:
     """Makes a site's contribution, or goes on with an interrupted one, or finds the finished one.
+
+    It ends in a sealed package where the steward's key opens, and in a draft for the steward to sign where it does not.
 
     Args:
         folder_path: The site's folder.
@@ -177,6 +228,12 @@ def contribute(
         work_path: Where work in progress lies; ``out_path/.work`` by default. What is learned there is removed once
             the package is finished.
         key_path: The secret that pseudonyms are made with; it is made if it is absent, and stays at the site.
+        keys_path: The site's keyring; ``~/.config/gretfound/SITE`` by default.
+        passphrase: The steward's.
+        today: The day in UTC; the machine's by default.
+
+    Returns:
+        The package, or the draft.
 
     Raises:
         ConfigError: If the arguments do not fit together.
@@ -189,10 +246,16 @@ def contribute(
         base = ""  # nothing is trained, so the base cannot change the result
     elif not base:
         raise ConfigError(f"--base is required for the form {form!r}: the generator to start from")
+    ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
+    today = today or datetime.now(UTC).date()
     work_id = _digest_of_inputs(folder_path, site_id=site_id, form=form, policy=policy, recipe=recipe, base=base)[:12]
-    package_path = out_path / f"{site_id}-{form}-{work_id}.tar"
+    package_path = out_path / f"{site_id}-{form}-{work_id}.age"
+    draft_path = package_path.with_suffix(".tar")
     if package_path.exists():
-        return contribution.read_package(package_path)
+        draft_path.unlink(missing_ok=True)
+        return _remembered(ring.folder_path, package_path)
+    if draft_path.exists():
+        return _sealed_if_ready(ring, draft_path, package_path, passphrase, today)
     found = _examine(folder_path, policy)
     if not found.is_fit_for(form):
         raise NotFit(examination.to_text(found), form)
@@ -223,9 +286,9 @@ def contribute(
             shutil.copytree(adapter_path, staging_path / "weights", dirs_exist_ok=True)
         else:
             _draw_shards(summary, staging_path / "shards", work_path, site_id, recipe, base_path, adapter_path)
-    package = contribution.seal(
+    sealing.draft(
         staging_path,
-        package_path,
+        draft_path,
         site_id=site_id,
         form=form,
         country=metadata.main_country(summary),
@@ -233,10 +296,29 @@ def contribute(
         base_sha256=base_sha256,
         num_images=len(found.usable) if form != "synthetic" else recipe.num_drawn,
         num_patients=found.num_patients,
+        label=keyring.label(ring, today=today),
+        container_key=signing.read_private_key(ring.private_path("container")),
+        steward_public_key=keyring.approval_of(ring, "steward").public_key,
     )
     shutil.rmtree(work_path)
     if work_path.parent.name == ".work" and not any(work_path.parent.iterdir()):
         work_path.parent.rmdir()
+    return _sealed_if_ready(ring, draft_path, package_path, passphrase, today)
+
+
+def _sealed_if_ready(ring: Keyring, draft_path: Path, package_path: Path, passphrase: str, today: date) -> Package:
+    if not passphrase and not keyring.is_steward_ready(ring):
+        return sealing.read_draft(draft_path)
+    return keyring.seal(ring, draft_path, package_path, today=today, passphrase=passphrase)
+
+
+def _remembered(keys_path: Path, package_path: Path) -> Package:
+    package = keyring.find(keys_path, package_path)
+    if package is None:
+        raise ConfigError(
+            f"{package_path.name} is sealed, and the keys in {keys_path} did not seal it; only the hub can open it. Give "
+            "--keys with the folder of the keys that sealed it, or move the file away to contribute again"
+        )
     return package
 
 
@@ -511,17 +593,91 @@ def _contribute(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         work_path=arguments.work,
         key_path=arguments.key,
+        keys_path=arguments.keys,
+        passphrase=_passphrase(arguments.passphrase_file),
     )
     print(_in_words(package), end="")
     return EXIT_FIT
 
 
+def _passphrase(path: Path | None) -> str:
+    return "" if path is None else signing.read_secret(path).decode(errors="replace").rstrip("\n")
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    site_id = arguments.site_id
+    if not contribution.SITE_ID_PATTERN.fullmatch(site_id):
+        raise ConfigError(f"--site-id {site_id!r} must be of lower-case letters, digits and hyphens")
+    folder_path = arguments.keys or keyring.default_folder(site_id)
+    passphrase = _passphrase(arguments.passphrase_file)
+    steward_path = folder_path / "steward.pem"
+    is_new = not steward_path.exists() or arguments.replace == "steward"
+    if arguments.passphrase_file is None and sys.stdin.isatty() and (is_new or signing.is_locked(steward_path)):
+        passphrase = getpass.getpass("The data steward's passphrase (none: leave it empty): ")
+        if is_new and getpass.getpass("Once more: ") != passphrase:
+            raise ConfigError("the two passphrases differ; nothing was made")
+    ring = keyring.make(folder_path, site_id, passphrase=passphrase)
+    if arguments.replace:
+        ring = keyring.replace(ring, arguments.replace, passphrase=passphrase)
+    print(f"Keys of {site_id} in {folder_path}: they never leave; keep a copy of the folder in a safe")
+    for role in keyring.ROLES:
+        path = ring.private_path(role)
+        how = "kept elsewhere" if not path.exists() else "locked" if signing.is_locked(path) else "not locked"
+        print(f"  {role:<10} {signing.spoken(keyring.approval_of(ring, role).key_id)}  {how}")
+    if arguments.hub is not None:
+        keyring.read_hub_card(arguments.hub)
+        storage.write_bytes(str(ring.hub_path), arguments.hub.read_bytes())
+    if ring.hub_path.exists():
+        print(
+            f"  {'hub':<10} {signing.spoken(keyring.read_hub_card(ring.hub_path)[1])}  packages are sealed for it alone"
+        )
+    print(f"\nSend {ring.card_path} to the hub, and compare these numbers with it over the telephone.")
+    return EXIT_FIT
+
+
+def _sign(arguments: argparse.Namespace) -> int:
+    _require_file(arguments.draft)
+    drafted = sealing.read_draft(arguments.draft)
+    site_id = drafted.manifest.site_id
+    ring = keyring.read(arguments.keys or keyring.default_folder(site_id), site_id)
+    print(_in_words(drafted), end="")
+    if not arguments.yes and not (sys.stdin.isatty() and input("\nSign it? Type yes: ").strip() == "yes"):
+        raise ConfigError("it was not signed; type yes, or give --yes where there is no terminal")
+    passphrase = _passphrase(arguments.passphrase_file)
+    steward_path = arguments.steward_key or ring.private_path("steward")
+    if not passphrase and signing.is_locked(steward_path):
+        passphrase = getpass.getpass("The data steward's passphrase: ")
+    package = keyring.seal(
+        ring,
+        arguments.draft,
+        arguments.draft.with_suffix(".age"),
+        today=datetime.now(UTC).date(),
+        passphrase=passphrase,
+        steward_path=steward_path,
+    )
+    print(
+        f"\nSealed    {package.path}\nSHA-256   {package.sha256}\nThe draft was removed; send this one file to the hub."
+    )
+    return EXIT_FIT
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
-    if not arguments.package.is_file():
-        raise ConfigError(f"there is no file {arguments.package}")
-    package = contribution.read_package(arguments.package)
+    _require_file(arguments.package)
+    if not sealing.is_sealed(arguments.package):
+        package = sealing.read_draft(arguments.package)
+    elif arguments.identity is not None:
+        package = sealing.read_sealed(arguments.package, identities=strongbox.read_identities(arguments.identity))
+    else:
+        site_id = arguments.package.name.rpartition("-")[0].rpartition("-")[0]
+        package = _remembered(arguments.keys or keyring.default_folder(site_id), arguments.package)
     if arguments.json:
-        content = {"sha256": package.sha256, "size_bytes": package.size_bytes, "manifest": asdict(package.manifest)}
+        manifest = package.manifest.model_dump(mode="json")
+        content = {"sha256": package.sha256, "size_bytes": package.size_bytes, "manifest": manifest}
         print(json.dumps(content, indent=2))
     else:
         print(_in_words(package), end="")
@@ -531,21 +687,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _in_words(package: Package) -> str:
     manifest = package.manifest
     people = "patients not stated" if manifest.num_patients is None else f"{manifest.num_patients:,} patients"
+    is_draft = package.num_signatures < 2
     lines = [
-        f"Package   {package.path}",
+        f"{'Draft' if is_draft else 'Package':<9} {package.path}",
         f"SHA-256   {package.sha256}",
         f"Size      {_size(package.size_bytes)}; every byte was verified",
         f"Site      {manifest.site_id}{f', {manifest.country}' if manifest.country else ''}",
         f"Form      {manifest.form}: {FORM_LEAVES[manifest.form]}",
         f"Stands for {manifest.num_images:,} photographs, {people}; policy {manifest.policy}",
+        f"Number    {manifest.sequence} of its container key; the hub may take it from {manifest.created} to "
+        f"{manifest.expires}",
+        f"Sealed for {len(manifest.encrypted_to)} keys of the hub: {', '.join(manifest.encrypted_to)}",
+        *(f"{approval.role.capitalize():<9} key {signing.spoken(approval.key_id)}" for approval in manifest.approvals),
         "",
         "What leaves with it",
     ]
     for member in manifest.files:
         place = contribution.place_of(manifest.form, member.path)
-        assert place is not None  # read_package lets no other member pass
+        assert place is not None  # sealing lets no other member pass
         lines.append(f"  {member.path:<32} {_size(member.size_bytes):>10}  {place.contains}")
-    lines.append(f"  {'manifest.json, manifest.sha256':<32} {'':>10}  this list, with the digest of each file")
+    lines.append(f"  {sealing.MANIFEST_NAME:<32} {'':>10}  this list, with the digest of each file")
+    lines.append(f"  {sealing.ENVELOPE_NAME:<32} {'':>10}  the signatures of the container and of the data steward")
+    if is_draft:
+        lines += ["", f"Not sealed. Once the steward has read it:  gretfound-site sign {package.path}"]
     return "\n".join(lines) + "\n"
 
 

@@ -37,7 +37,7 @@ class Config:
 def main(argv: list[str]) -> str:
     """Runs the job; returns the release's id."""
     config = load(Config, argv)
-    from gretfound import lineage, release, storage
+    from gretfound import lineage, release, signing, storage
     from gretfound.lineage import Encoder, Release, Report
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> str:
     encoder = storage.read_record(hub_uri, config.encoder_id, Encoder)
     report = storage.read_record(hub_uri, config.report_id, Report)
     signing_key = release.read_signing_key(key_path)
-    key_id = release.key_id(signing_key.public_key())
+    key_id = signing.key_id(signing_key.public_key())
     settings = {
         "name": config.name,
         "key_id": key_id,

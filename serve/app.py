@@ -44,14 +44,14 @@ class Encoder:
     def __init__(self, arguments: Arguments) -> None:
         import torch
 
-        from gretfound import release
+        from gretfound import release, signing
         from gretfound.encoder.folder import read_config, read_encoder_folder
 
         torch.set_num_threads(arguments.encoder_threads)
         cache_path = Path(arguments.cache_path) if arguments.cache_path else fine_tuning.default_cache_path()
         record, release_path = fine_tuning.fetch_release(arguments.release_uri, cache_path)
         if arguments.public_key_path:
-            release.verify_release(release_path, release.read_public_key(Path(arguments.public_key_path)))
+            release.verify_release(release_path, signing.read_public_key(Path(arguments.public_key_path)))
         encoder, self._transform = read_encoder_folder(release_path)
         self._encoder = encoder.to(arguments.device)
         self._precision = arguments.precision

@@ -9,7 +9,8 @@ import torch
 
 from gretfound import phantom, site, storage
 from gretfound.lineage import Corpus, Encoder, Generator, Release, Report, ShardSet
-from gretfound.release import read_public_key, verify_release
+from gretfound.release import verify_release
+from gretfound.signing import read_public_key
 from jobs import (
     assemble_corpus,
     build_base,

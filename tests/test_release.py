@@ -7,7 +7,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file
 
-from gretfound import release, storage
+from gretfound import release, signing, storage
 from gretfound.encoder import folder
 from gretfound.encoder.transform import Transform
 from gretfound.errors import ConfigError, LineageError, ReleaseBlocked, StorageError
@@ -231,8 +231,8 @@ def test_read_signing_key__is_made_once_for_the_owner_alone(tmp_path):
     first = release.read_signing_key(path)
     assert path.stat().st_mode & 0o777 == 0o600
     again = release.read_signing_key(path)
-    published = release.read_public_key(path.with_name("release.pem.pub"))
-    assert release.key_id(first.public_key()) == release.key_id(again.public_key()) == release.key_id(published)
+    published = signing.read_public_key(path.with_name("release.pem.pub"))
+    assert signing.key_id(first.public_key()) == signing.key_id(again.public_key()) == signing.key_id(published)
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="others can read"):
         release.read_signing_key(path)
@@ -242,7 +242,7 @@ def test_read_signing_key__other_content_is_an_error(tmp_path):
     path = tmp_path / "release.pem"
     path.write_text("not a key")
     path.chmod(0o600)
-    with pytest.raises(ConfigError, match="no unencrypted PEM"):
+    with pytest.raises(ConfigError, match="no private key"):
         release.read_signing_key(path)
 
 
@@ -254,12 +254,12 @@ def test_publish_release__record_ledger_and_resume(made, tmp_path):
     record = storage.read_record(hub_uri, release_id, Release)
     assert record.parents == (encoder.id, report.id) and record.licence == "CC-BY-NC-4.0"
     assert "config.yaml" not in {file.path for file in record.files}
-    public_key = release.read_public_key(tmp_path / "release.pem.pub")
+    public_key = signing.read_public_key(tmp_path / "release.pem.pub")
     release.verify_release(storage.local_path(storage.record_uri(hub_uri, record)), public_key)
     assert publish_release.main(given) == release_id
     entries = [entry for entry in storage.read_ledger(hub_uri) if entry["subject"] == release_id]
     assert [(entry["event"], entry["details"]["key_id"]) for entry in entries] == [
-        ("released", release.key_id(public_key))
+        ("released", signing.key_id(public_key))
     ]
     assert b"PRIVATE KEY" not in b"".join(storage.read_bytes(uri) for uri in storage.list_uris(hub_uri))
 
