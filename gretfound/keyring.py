@@ -18,7 +18,7 @@ from typing import Literal
 
 from gretfound import sealing, signing, storage
 from gretfound.errors import ConfigError
-from gretfound.roster import SITE_CARD_TYPE, Approval, HubCard, KeyRole, SiteCard
+from gretfound.roster import SITE_CARD_TYPE, Approval, HubCard, KeyRole, SiteCard, read_site_card
 from gretfound.sealing import Label, Manifest, Package
 from gretfound.signing import Document, UnreadableDocument
 
@@ -43,6 +43,10 @@ class Keyring:
     def private_path(self, role: KeyRole) -> Path:
         """Returns where the private key of a role lies."""
         return self.folder_path / f"{role}.pem"
+
+    def public_path(self, role: KeyRole) -> Path:
+        """Returns where the public key of a role lies."""
+        return self.folder_path / f"{role}.pem.pub"
 
     @property
     def card_path(self) -> Path:
@@ -75,18 +79,12 @@ def make(folder_path: Path, site_id: str, *, passphrase: str = "") -> Keyring:
     ring = Keyring(folder_path=folder_path, site_id=site_id)
     folder_path.mkdir(parents=True, exist_ok=True, mode=0o700)
     for role in ROLES:
-        if not ring.private_path(role).exists():
+        if not ring.public_path(role).exists():
             signing.make_private_key(ring.private_path(role), passphrase=passphrase if role == "steward" else "")
-            ring.card_path.unlink(missing_ok=True)
-    if not ring.card_path.exists():
+    approvals = tuple(approval_of(ring, role) for role in ROLES)
+    if not ring.card_path.exists() or read_site_card(ring.card_path.read_bytes()).keys != approvals:
         keys = [signing.read_private_key(ring.private_path(role), passphrase=passphrase) for role in ROLES]
-        card = SiteCard(
-            site_id=site_id,
-            keys=tuple(
-                Approval(role=role, public_key=signing.public_hex(key.public_key()))
-                for role, key in zip(ROLES, keys, strict=True)
-            ),
-        )
+        card = SiteCard(site_id=site_id, keys=approvals)
         storage.write_bytes(str(ring.card_path), signing.sign(card.to_bytes(), SITE_CARD_TYPE, keys))
     return ring
 
@@ -97,12 +95,12 @@ def replace(ring: Keyring, role: KeyRole, *, passphrase: str = "") -> Keyring:
     Raises:
         ConfigError: As `make`.
     """
-    private_path = ring.private_path(role)
     key_id = approval_of(ring, role).key_id
     if role == "container":  # it signs the new card with the steward's, so that must open before anything changes
         signing.read_private_key(ring.private_path("steward"), passphrase=passphrase)
-    for path in (private_path, private_path.with_name(f"{private_path.name}.pub")):
-        path.rename(path.with_name(path.name.replace(role, f"{role}-{key_id[:16]}", 1)))
+    for path in (ring.private_path(role), ring.public_path(role)):
+        if path.exists():  # the private one may be kept elsewhere
+            path.rename(path.with_name(path.name.replace(role, f"{role}-{key_id[:16]}", 1)))
     return make(ring.folder_path, ring.site_id, passphrase=passphrase)
 
 
@@ -113,7 +111,7 @@ def read(folder_path: Path, site_id: str) -> Keyring:
         ConfigError: If keys or the hub's card are missing; says how to make or get them.
     """
     ring = Keyring(folder_path=folder_path, site_id=site_id)
-    needed = [ring.private_path("container"), ring.private_path("steward").with_name("steward.pem.pub")]
+    needed = [ring.private_path("container"), ring.public_path("steward")]
     if not all(path.is_file() for path in needed):
         raise ConfigError(
             f"there are no keys in {folder_path}; make them with `gretfound-site keys --site-id {site_id} --hub "
@@ -133,8 +131,7 @@ def approval_of(ring: Keyring, role: KeyRole) -> Approval:
     Raises:
         ConfigError: If it is absent or no Ed25519 key.
     """
-    path = ring.private_path(role)
-    public_key = signing.read_public_key(path.with_name(f"{path.name}.pub"))
+    public_key = signing.read_public_key(ring.public_path(role))
     return Approval(role=role, public_key=signing.public_hex(public_key))
 
 

@@ -258,7 +258,13 @@ def seal(
 
 
 def open_sealed(
-    package_path: Path, into_path: Path | None, *, identities: Sequence[str], roster: Roster, today: date
+    package_path: Path,
+    into_path: Path | None,
+    *,
+    identities: Sequence[str],
+    roster: Roster,
+    today: date,
+    on_passed: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Decrypts and verifies a package, and unpacks its members.
 
@@ -273,6 +279,8 @@ def open_sealed(
         identities: The hub's age identities, ``AGE-SECRET-KEY-1...``.
         roster: The hub's roster, verified.
         today: The day in UTC.
+        on_passed: Told ``DECRYPTED`` once the manifest is read, and ``SIGNED`` once its signatures, keys, recipients
+            and days are verified; only then is a member written.
 
     Raises:
         ContributionRejected: With a code of
@@ -292,8 +300,10 @@ def open_sealed(
         raise ValueError(f"{into_path} is there already; required a folder that does not exist yet")
 
     def judge(manifest: Manifest, envelope: Envelope) -> None:
+        on_passed("DECRYPTED")
         _require_signatures(manifest, envelope, at_least=2)
         _require_trust(manifest, identities=identities, roster=roster, today=today)
+        on_passed("SIGNED")
 
     if into_path is None:
         return _read_sealed(package_path, None, identities, judge)
@@ -324,7 +334,16 @@ def is_sealed(path: Path) -> bool:
         return stream.read(len(AGE_MARK)) == AGE_MARK
 
 
-def take_number(hub_uri: str, manifest: Manifest, package_sha256: str, *, may_follow_lost: bool = False) -> None:
+def take_number(
+    hub_uri: str,
+    *,
+    site_id: str,
+    container_key_id: str,
+    sequence: int,
+    previous_sha256: str,
+    package_sha256: str,
+    may_follow_lost: bool = False,
+) -> None:
     """Takes a verified package's number among those of its container key; of two with one number, one gets it.
 
     ``HUB/sequence/SITE/KEY/NUMBER.json`` is put once and never changed. The same package may take its number again.
@@ -332,31 +351,33 @@ def take_number(hub_uri: str, manifest: Manifest, package_sha256: str, *, may_fo
 
     Args:
         hub_uri: The hub.
-        manifest: Of the verified package.
+        site_id: The manifest's.
+        container_key_id: The id of the key of the manifest's first approval.
+        sequence: The manifest's.
+        previous_sha256: The manifest's.
         package_sha256: The digest of the package file.
         may_follow_lost: The site and the hub agreed that the packages before this one are lost.
 
     Raises:
         ContributionRejected: ``REPLAYED`` if the number, or a higher one, belongs to another package;
-            ``PREVIOUS_MISSING`` if the package before has not been taken in (yet): it may be tried again afterwards.
+            ``PREVIOUS_MISSING`` if the package before has not been taken in yet: it may be tried again afterwards.
     """
-    folder_uri = storage.join(hub_uri, SEQUENCE_FOLDER, manifest.site_id, manifest.approvals[0].key_id)
+    folder_uri = storage.join(hub_uri, SEQUENCE_FOLDER, site_id, container_key_id)
     taken = [name for name in storage.list_names(folder_uri) if re.fullmatch(r"[0-9]{8}\.json", name)]
-    name = f"{manifest.sequence:08d}.json"
+    name = f"{sequence:08d}.json"
     if name not in taken:
         if taken and taken[-1] > name:
             raise ContributionRejected("REPLAYED", "the hub has a later package of this site; contribute again")
         before = storage.read_json(storage.join(folder_uri, taken[-1]))["package_sha256"] if taken else ""
-        if before != manifest.previous_sha256 and not may_follow_lost:
+        if before != previous_sha256 and not may_follow_lost:
             raise ContributionRejected(
                 "PREVIOUS_MISSING",
-                f"it is package {manifest.sequence} of its key, and the one before it is not the last that the hub has "
-                f"(number {int(taken[-1][:8]) if taken else 0}); send the missing one, or tell the hub that it is lost",
+                f"it is package {sequence} of its key, and the one before it is not the last that the hub has (number "
+                f"{int(taken[-1][:8]) if taken else 0}); send the missing one, or tell the hub that it is lost",
             )
-        content = {"package_sha256": package_sha256, "previous_sha256": manifest.previous_sha256}
+        content = {"package_sha256": package_sha256, "previous_sha256": previous_sha256}
         storage.create_bytes(storage.join(folder_uri, name), signing.canonical_json(content))
-    holder = storage.read_json(storage.join(folder_uri, name))["package_sha256"]
-    if holder != package_sha256:
+    if storage.read_json(storage.join(folder_uri, name))["package_sha256"] != package_sha256:
         raise ContributionRejected("REPLAYED", "the hub has another package of this number; contribute again")
 
 

@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="make this site's keys once, and show them; the card is for the hub")
     keys.add_argument("--site-id", required=True, metavar="NAME", help="lower-case letters, digits, hyphens")
     keys.add_argument("--hub", type=Path, metavar="FILE", help="the hub's card, hub.json: for whom to seal")
+    keys.add_argument("--no-passphrase", action="store_true", help="do not ask for one: contribute then signs at once")
     keys.add_argument("--replace", choices=keyring.ROLES, help="put a new key in the place of this one")
     _add_keys_options(keys)
 
@@ -316,8 +317,8 @@ def _remembered(keys_path: Path, package_path: Path) -> Package:
     package = keyring.find(keys_path, package_path)
     if package is None:
         raise ConfigError(
-            f"{package_path.name} is sealed, and the keys in {keys_path} did not seal it; only the hub can open it. Give "
-            "--keys with the folder of the keys that sealed it, or move the file away to contribute again"
+            f"{package_path.name} is sealed, and the keys in {keys_path} did not seal it: only the hub can open it. "
+            "Give --keys with the folder of the keys that sealed it, or move the file away to contribute again"
         )
     return package
 
@@ -609,16 +610,16 @@ def _keys(arguments: argparse.Namespace) -> int:
     if not contribution.SITE_ID_PATTERN.fullmatch(site_id):
         raise ConfigError(f"--site-id {site_id!r} must be of lower-case letters, digits and hyphens")
     folder_path = arguments.keys or keyring.default_folder(site_id)
+    ring = Keyring(folder_path=folder_path, site_id=site_id)
     passphrase = _passphrase(arguments.passphrase_file)
-    steward_path = folder_path / "steward.pem"
-    is_new = not steward_path.exists() or arguments.replace == "steward"
-    if arguments.passphrase_file is None and sys.stdin.isatty() and (is_new or signing.is_locked(steward_path)):
+    is_asked = arguments.passphrase_file is None and not arguments.no_passphrase and sys.stdin.isatty()
+    if is_asked and (arguments.replace or not ring.card_path.exists()):
         passphrase = getpass.getpass("The data steward's passphrase (none: leave it empty): ")
-        if is_new and getpass.getpass("Once more: ") != passphrase:
+        if getpass.getpass("Once more: ") != passphrase:
             raise ConfigError("the two passphrases differ; nothing was made")
-    ring = keyring.make(folder_path, site_id, passphrase=passphrase)
+    keyring.make(folder_path, site_id, passphrase=passphrase)
     if arguments.replace:
-        ring = keyring.replace(ring, arguments.replace, passphrase=passphrase)
+        keyring.replace(ring, arguments.replace, passphrase=passphrase)
     print(f"Keys of {site_id} in {folder_path}: they never leave; keep a copy of the folder in a safe")
     for role in keyring.ROLES:
         path = ring.private_path(role)

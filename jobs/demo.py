@@ -118,23 +118,30 @@ def keys_path_of(hub_path: Path) -> Path:
 
 
 def contribute(config: Config, folder: Path, form: str, base_path: Path, hub_path: Path) -> Path:
-    """Runs `gretfound-site contribute` on a site folder, as the site would; returns the package."""
+    """Runs `gretfound-site keys` and `contribute` on a site folder, as the site would; returns the package.
+
+    The hub then enters the site's card into its roster.
+    """
     from gretfound import site
+    from jobs import roster
 
     site_id = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")
     out_path = hub_path / "packages" / site_id
-    code = site.main(
+    keys_path = keys_path_of(hub_path)
+    site_keys = ["--site-id", site_id, "--keys", str(keys_path / site_id)]
+    code = site.main(["keys", *site_keys, "--no-passphrase", "--hub", str(keys_path / "hub.json")]) or site.main(
         [
-            *("contribute", str(folder), "--form", form, "--site-id", site_id, "--out", str(out_path)),
-            *("--policy", "demonstration", "--key", str(keys_path_of(hub_path) / f"{site_id}.key")),
+            *("contribute", str(folder), "--form", form, *site_keys, "--out", str(out_path)),
+            *("--policy", "demonstration", "--key", str(keys_path / f"{site_id}.key")),
             *("--base", str(base_path), "--images-seen", str(config.site_images_seen)),
             *("--num-images", str(config.site_num_drawn), "--learning-rate", str(config.site_learning_rate)),
             *("--lora-rank", str(config.site_lora_rank)),
         ]
     )
-    packages = sorted(out_path.glob("*.tar"))
+    packages = sorted(out_path.glob("*.age"))
     if code or len(packages) != 1:
         raise GretfoundError(f"the contribution of site {site_id} ended with code {code}; see its report above")
+    roster.main(["admit", f"hub_uri={hub_path}", f"card_path={keys_path / site_id / f'{site_id}.site.json'}"])
     return packages[0]
 
 
@@ -195,6 +202,7 @@ def main(argv: list[str]) -> str:
         intake,
         pretrain_encoder,
         publish_release,
+        roster,
         synthesize,
     )
 
@@ -208,6 +216,8 @@ def main(argv: list[str]) -> str:
         base = storage.read_record(hub_uri, base_id, Generator)
         row["items"] = base.num_images
         base_path = storage.fetch_folder(hub_uri, base, hub_path / "base")
+    with journal.stage("keys and roster") as row:
+        row["record_id"], row["items"] = roster.main(["init", hub]), 1
     packages = []
     for folder, form in folders.items():
         with journal.stage(f"contribute {form}") as row:

@@ -1,8 +1,9 @@
 """Package -> contribution, with its shard set or generator: verifies what sites sent and opens it into the hub.
 
-    python -m jobs.intake hub_uri=file:///hub package_uris=[/media/usb/aster-images-1f0c.tar]
-    python -m jobs.intake hub_uri=s3://hub policy=demonstration
+    python -m jobs.intake hub_uri=file:///hub package_uris=[/media/usb/aster-images-1f0c.age]
+    python -m jobs.intake hub_uri=s3://hub keys_path=/etc/gretfound/hub.keys policy=demonstration
 
+A package must be signed by keys of the hub's roster (`python -m jobs.roster`), and each come after the one before it.
 Without package_uris everything in HUB/inbox is taken. A package is known by its SHA-256: running the command again
 neither admits nor rejects anything twice. A rejected package is copied to HUB/quarantine/SHA256 beside a reason.json.
 The last line is the id of the contribution, or, of several packages, an id over all that were admitted
@@ -14,6 +15,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +25,12 @@ from gretfound.errors import ConfigError, ContributionRejected
 from jobs import console
 
 if TYPE_CHECKING:
-    from gretfound.contribution import Manifest
     from gretfound.lineage import Contribution, File, Generator, ShardSet
+    from gretfound.roster import Roster
+    from gretfound.sealing import Manifest
 
 POLICIES = ("standard", "demonstration")
+PREVIOUS_MISSING = "PREVIOUS_MISSING"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -37,6 +41,8 @@ class Config:
     hub_uri: str = setting(help="the hub: a folder, s3://, gs:// or abfs://")
     package_uris: list[str] = setting([], "packages to take in; empty: everything in HUB/inbox")
     policy: str = setting("standard", "demonstration also admits contributions made under the demonstration policy")
+    keys_path: str = setting("", "folder of the hub's identity, on every node; empty: HUB.keys beside a local hub")
+    follows_lost: list[str] = setting([], "SHA-256 of packages that may come though the one before them is lost")
 
     def __post_init__(self) -> None:
         """Checks what the types cannot say."""
@@ -70,56 +76,77 @@ def main(argv: list[str]) -> str:
     """
     loaded = config.load(Config, argv)
 
-    from gretfound import storage
+    from gretfound import storage, strongbox
 
     hub_uri = storage.normalised(loaded.hub_uri)
     package_uris = [storage.normalised(uri) for uri in loaded.package_uris]
-    outcomes = take_in(hub_uri, package_uris, policy=loaded.policy)
+    keys_path = Path(loaded.keys_path) if loaded.keys_path else strongbox.default_folder(hub_uri)
+    outcomes = take_in(
+        hub_uri, package_uris, policy=loaded.policy, keys_path=keys_path, follows_lost=loaded.follows_lost
+    )
     for outcome in outcomes:
         print(_in_words(outcome), file=sys.stderr)
     return _id_over(hub_uri, outcomes)
 
 
-def take_in(hub_uri: str, package_uris: list[str], *, policy: str) -> list[Outcome]:
+def take_in(
+    hub_uri: str, package_uris: list[str], *, policy: str, keys_path: Path, follows_lost: list[str]
+) -> list[Outcome]:
     """Takes in packages in parallel, one Ray task each, and enters every outcome into the ledger once.
+
+    A site's packages may come in any order: one whose predecessor is missing is tried again while others are admitted.
 
     Args:
         hub_uri: The hub.
         package_uris: The packages; none takes everything in the inbox.
         policy: ``standard``, or ``demonstration`` to admit contributions made under that policy too.
+        keys_path: The folder of the hub's age identity and anchor, here and on every worker.
+        follows_lost: Digests of packages that may come though the one before them is lost.
 
     Returns:
         An outcome for each package, in order.
 
     Raises:
-        ConfigError: If there is no package.
+        ConfigError: If there is no package, or the hub's keys cannot be read.
+        LineageError: If the roster is not what the root keys signed.
     """
-    from gretfound import storage
+    from gretfound import roster, storage, strongbox
 
     uris = package_uris or storage.list_uris(storage.join(hub_uri, "inbox"))
     if not uris:
         raise ConfigError(f"found no package in {storage.join(hub_uri, 'inbox')}; put some there or give package_uris")
+    known_sites, _ = roster.read_current(hub_uri, anchor=strongbox.read_anchor(keys_path))
     console.start_ray()
 
     import ray
 
     task = ray.remote(num_cpus=1)(admit)
-    outcomes: list[Outcome] = ray.get([task.remote(hub_uri, uri, policy) for uri in uris])
-    _enter_into_ledger(hub_uri, outcomes)
-    return outcomes
+    outcomes: dict[str, Outcome] = {}
+    waiting = uris
+    while waiting:
+        tasks = [task.remote(hub_uri, uri, policy, keys_path, known_sites, follows_lost) for uri in waiting]
+        outcomes |= dict(zip(waiting, ray.get(tasks), strict=True))
+        num_before = len(waiting)
+        waiting = [uri for uri in waiting if outcomes[uri].code == PREVIOUS_MISSING]
+        if len(waiting) == num_before:
+            break
+    _enter_into_ledger(hub_uri, outcomes.values())
+    return [outcomes[uri] for uri in uris]
 
 
-def admit(hub_uri: str, package_uri: str, policy: str) -> Outcome:
+def admit(
+    hub_uri: str, package_uri: str, policy: str, keys_path: Path, roster: "Roster", follows_lost: list[str]
+) -> Outcome:
     """Verifies and opens one package into the hub, or puts it into quarantine; runs on a worker.
 
     The contribution's record is written last: an interrupted admission is simply done again, under the same ids.
     """
-    from gretfound import lineage, storage
-    from gretfound.contribution import open_package
+    from gretfound import lineage, sealing, storage, strongbox
     from gretfound.lineage import Contribution
 
+    identities = strongbox.read_identities(keys_path / strongbox.IDENTITY_NAME)
     with storage.scratch_folder() as folder:
-        package_path, opened_path = Path(folder) / "package.tar", Path(folder) / "opened"
+        package_path, opened_path = Path(folder) / "package.age", Path(folder) / "opened"
         storage.download_file(package_uri, package_path)
         package_sha256 = storage.sha256_of(package_path)
         recipe = lineage.recipe_id("intake", {"package_sha256": package_sha256}, [])
@@ -127,7 +154,18 @@ def admit(hub_uri: str, package_uri: str, policy: str) -> Outcome:
         if finished is not None:
             return made_by(hub_uri, finished)
         try:
-            manifest = open_package(package_path, opened_path)
+            manifest = sealing.open_sealed(
+                package_path, opened_path, identities=identities, roster=roster, today=datetime.now(UTC).date()
+            )
+            sealing.take_number(
+                hub_uri,
+                site_id=manifest.site_id,
+                container_key_id=manifest.approvals[0].key_id,
+                sequence=manifest.sequence,
+                previous_sha256=manifest.previous_sha256,
+                package_sha256=package_sha256,
+                may_follow_lost=package_sha256 in follows_lost,
+            )
             _require_policy(manifest, policy)
             contribution = _publish(hub_uri, opened_path, manifest, package_sha256, recipe)
         except ContributionRejected as error:
@@ -287,7 +325,7 @@ def _quarantine(hub_uri: str, package_path: Path, package_sha256: str, code: str
     from gretfound import storage
 
     folder_uri = storage.join(hub_uri, "quarantine", package_sha256)
-    storage.upload_file(package_path, storage.join(folder_uri, "package.tar"))
+    storage.upload_file(package_path, storage.join(folder_uri, "package.age"))
     storage.write_json(storage.join(folder_uri, "reason.json"), {"code": code, "message": message})
 
 

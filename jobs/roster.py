@@ -8,9 +8,9 @@
     python -m jobs.roster sign hub_uri=file:///hub draft_path=roster.draft.json root_key_paths=[/media/usb/root-2.pem]
     python -m jobs.roster show hub_uri=file:///hub
 
-``init`` makes the hub's keys, its card for sites and the first version. Every change is a new version, for 90 days. It is
-published once enough root keys have signed it; until then it lies in draft_path, for others to `sign`. ``renew`` also
-takes new recipients and root keys. The last line is the id of the newest version, or the path of the draft.
+``init`` makes the hub's keys, its card for sites and the first version. Every change is a new version, for 90 days. It
+is published once enough root keys have signed it; until then it lies in draft_path, for others to `sign`. ``renew``
+also takes new recipients and root keys. The last line is the id of the newest version, or the path of the draft.
 """
 
 import sys
@@ -81,6 +81,9 @@ def main(argv: list[str]) -> str:
 
     hub_uri = storage.normalised(loaded.hub_uri)
     keys_path = Path(loaded.keys_path) if loaded.keys_path else strongbox.default_folder(hub_uri)
+    hub_path = storage.local_path(hub_uri)
+    if hub_path is not None and keys_path.resolve().is_relative_to(hub_path.resolve()):
+        raise ConfigError(f"keys_path={keys_path} lies in the hub; keep the hub's keys elsewhere")
     if verb == "init" and not storage.list_names(storage.join(hub_uri, roster.FOLDER)):
         return _init(loaded, hub_uri, keys_path)
     anchor = strongbox.read_anchor(keys_path)
@@ -128,7 +131,7 @@ def _init(loaded: Config, hub_uri: str, keys_path: Path) -> str:
     keys = [signing.read_private_key(path) for path in strongbox.root_paths(keys_path)]
     published = roster.publish(hub_uri, roster.sign(first, keys), anchor=root.fingerprint)
     print(
-        f"The hub's keys are in {keys_path}. Give {strongbox.CARD_NAME} to the sites. Now take away from this machine:\n"
+        f"The hub's keys are in {keys_path}. Give {strongbox.CARD_NAME} to the sites. Take away from this machine:\n"
         f"  {strongbox.RECOVERY_NAME}  into a safe\n"
         f"  root-1.pem to root-{loaded.num_root_keys}.pem  to {loaded.num_root_keys} people",
         file=sys.stderr,
