@@ -48,6 +48,7 @@ MAX_HEAD_BYTES = 2**20
 MAX_TOTAL_BYTES = 64 * 2**30
 MAX_DAYS = 90
 CHUNK_BYTES = 4 * 2**20
+PIPE_BYTES = 2**18
 _FIRST_BYTES = {".parquet": (0, b"PAR1"), ".safetensors": (8, b"{"), ".json": (0, b"{"), ".jsonl": (0, b"{")}
 
 
@@ -473,7 +474,7 @@ def _decrypting(sealed: BinaryIO, identities: Sequence[str]) -> Iterator[BinaryI
 
     def decrypt() -> None:
         try:
-            with os.fdopen(write_end, "wb", buffering=CHUNK_BYTES) as plain:
+            with os.fdopen(write_end, "wb", buffering=PIPE_BYTES) as plain:
                 pyrage.decrypt_io(sealed, plain, keys)
         except (pyrage.DecryptError, OSError) as error:  # BrokenPipeError too: the reader refused what it has seen
             failures.append(error)
@@ -481,7 +482,7 @@ def _decrypting(sealed: BinaryIO, identities: Sequence[str]) -> Iterator[BinaryI
     thread = threading.Thread(target=decrypt, name="decrypt")
     thread.start()
     try:
-        with os.fdopen(read_end, "rb", buffering=CHUNK_BYTES) as stream:
+        with os.fdopen(read_end, "rb", buffering=PIPE_BYTES) as stream:
             yield stream
     except ContributionRejected as error:
         thread.join()
