@@ -267,6 +267,9 @@ def following(changed: Roster, previous_content: bytes, *, today: date) -> Roste
         changed: The content of the next version, still with the number of the one before.
         previous_content: The bytes of the version before.
         today: Its day of issue.
+
+    Raises:
+        ConfigError: If it is no roster: a key or a site would stand in it twice, or a recipient is none.
     """
     content = {
         **changed.model_dump(mode="json"),
@@ -275,7 +278,10 @@ def following(changed: Roster, previous_content: bytes, *, today: date) -> Roste
         "issued": today.isoformat(),
         "expires": (today + timedelta(days=MAX_DAYS)).isoformat(),
     }
-    return Roster.model_validate_json(signing.canonical_json(content))
+    try:
+        return signing.parse_document(signing.canonical_json(content), Roster)
+    except UnreadableDocument as error:
+        raise ConfigError(f"this change makes no roster: {error}") from error
 
 
 def sign(roster: Roster, keys: Sequence[Ed25519PrivateKey], signed: bytes = b"") -> bytes:

@@ -130,7 +130,7 @@ def take_in(
         waiting = [uri for uri in waiting if outcomes[uri].code == PREVIOUS_MISSING]
         if len(waiting) == num_before:
             break
-    _enter_into_ledger(hub_uri, outcomes.values())
+    _enter_into_ledger(hub_uri, [outcome for outcome in outcomes.values() if outcome.code != PREVIOUS_MISSING])
     return [outcomes[uri] for uri in uris]
 
 
@@ -170,6 +170,8 @@ def admit(
             contribution = _publish(hub_uri, opened_path, manifest, package_sha256, recipe)
         except ContributionRejected as error:
             message = str(error).removeprefix(f"{error.code}: ")
+            if error.code == PREVIOUS_MISSING:  # it waits, and is no outcome
+                return Outcome(package_sha256=package_sha256, code=error.code, message=message)
             _quarantine(hub_uri, package_path, package_sha256, error.code, message)
             return Outcome(package_sha256=package_sha256, code=error.code, message=message)
         return made_by(hub_uri, contribution)

@@ -48,8 +48,10 @@ class Hub:
         return ring
 
     def open(self, package_path: Path, into_path: Path | None, **changes: Any) -> Manifest:
-        """Opens a package with this hub's identity and roster, today."""
-        known = {"identities": self.identities, "roster": self.roster, "today": datetime.now(UTC).date()}
+        """Opens a package with this hub's identity and roster, today, unless ``changes`` say otherwise."""
+        known: dict[str, Any] = {"identities": self.identities, "today": datetime.now(UTC).date()}
+        if "roster" not in changes:
+            known["roster"] = self.roster
         return sealing.open_sealed(package_path, into_path, **(known | changes))
 
 

@@ -20,6 +20,7 @@ from jobs import (
     ledger,
     pretrain_encoder,
     publish_release,
+    roster,
     synthesize,
     withdraw_site,
 )
@@ -65,22 +66,27 @@ def test_chain__three_forms_become_a_release_on_s3(s3_hub: str, tmp_path: Path) 
     base_id = build_base.main([hub, *BASE])
     base = storage.read_record(hub_uri, base_id, Generator)
     base_path = storage.fetch_folder(hub_uri, base, tmp_path / "base")
+    keys = f"keys_path={tmp_path / 'hub.keys'}"
+    roster.main(["init", hub, keys])
     for name, form in forms.items():
         out_path = tmp_path / "packages"
+        site_keys = ["--site-id", name, "--keys", str(tmp_path / f"{name}.keys")]
+        assert site.main(["keys", *site_keys, "--hub", str(tmp_path / "hub.keys" / "hub.json")]) == 0
+        roster.main(["admit", hub, keys, f"card_path={tmp_path / f'{name}.keys' / f'{name}.site.json'}"])
         code = site.main(
             [
-                *("contribute", str(tmp_path / name), "--form", form, "--site-id", name, "--out", str(out_path)),
+                *("contribute", str(tmp_path / name), "--form", form, *site_keys, "--out", str(out_path)),
                 *("--policy", "demonstration", "--key", str(tmp_path / f"{name}.key"), "--base", str(base_path)),
                 *("--images-seen", "16", "--batch-size", "8", "--num-images", "8", "--steps", "3", "--lora-rank", "4"),
             ]
         )
         assert code == 0
-    for package in (tmp_path / "packages").glob("*.tar"):
+    for package in (tmp_path / "packages").glob("*.age"):
         storage.upload_file(package, storage.join(hub_uri, "inbox", package.name))
-    broken = storage.join(hub_uri, "inbox", "broken.tar")
+    broken = storage.join(hub_uri, "inbox", "broken.age")
     storage.write_bytes(broken, b"not a package")
 
-    intake.main([hub, "policy=demonstration"])
+    intake.main([hub, keys, "policy=demonstration"])
     assert len(storage.list_names(storage.join(hub_uri, "quarantine"))) == 1
     generator_id = finetune_generators.main(
         [hub, f"base_id={base_id}", "tuning.num_images_seen=16", "tuning.batch_size=8", "tuning.lora_rank=4"]

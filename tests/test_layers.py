@@ -16,7 +16,8 @@ from tests.conftest import ROOT
 
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
-    {"gretfound.planning", "gretfound.pretraining"},
+    {"gretfound.keyring", "gretfound.planning", "gretfound.pretraining"},
+    {"gretfound.sealing"},
     {
         "gretfound.contribution",
         "gretfound.examination",
@@ -27,11 +28,19 @@ ROWS = [
         "gretfound.tracking",
     },
     {"gretfound.corpus", "gretfound.evaluation", "gretfound.generator", "gretfound.inspection"},
-    {"gretfound.duplicates"},
-    {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder"},
+    {"gretfound.duplicates", "gretfound.strongbox"},
+    {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
     {"gretfound.storage"},
     {"gretfound.deidentify", "gretfound.matching", "gretfound.phantom"},
-    {"gretfound.lineage", "gretfound.metadata", "gretfound.fundus", "gretfound.capacity", "gretfound.averaging"},
+    {
+        "gretfound.archive",
+        "gretfound.averaging",
+        "gretfound.capacity",
+        "gretfound.fundus",
+        "gretfound.lineage",
+        "gretfound.metadata",
+        "gretfound.signing",
+    },
     {"gretfound.config", "gretfound.errors"},
 ]
 JOBS = sorted(

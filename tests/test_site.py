@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pyrage
 import pytest
 import torch
 
-from gretfound import contribution, deidentify, metadata, phantom, site
+from gretfound import deidentify, metadata, phantom, sealing, site
 from gretfound.generator import pipeline
-from tests import tiny_generator
+from tests import parties, tiny_generator
+from tests.parties import Hub
 
 SIZE_PX = 72
 NUM_IMAGES = 14
@@ -34,19 +36,38 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_generator.write_base(tmp_path_factory.mktemp("bases") / "base")
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
+    return parties.hub_at(tmp_path_factory.mktemp("hubs"))
+
+
+@pytest.fixture
+def keys_path(hub: Hub, tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    arguments = ["keys", "--site-id", "aster", "--keys", str(path), "--hub", str(hub.keys_path / "hub.json")]
+    assert site.main(arguments) == site.EXIT_FIT
+    hub.change_roster("admit", f"card_path={path / 'aster.site.json'}")
+    return path
+
+
 def _arguments(site_path: Path, form: str, out_path: Path, *more: str) -> list[str]:
     place = ["--site-id", "aster", "--out", str(out_path), "--key", str(out_path.parent / "site.key")]
+    place += ["--keys", str(out_path.parent / "keys")]
     return ["contribute", str(site_path), "--form", form, *place, "--policy", "demonstration", *TRAINING, *more]
 
 
-def _package_in(out_path: Path) -> contribution.Package:
-    (path,) = out_path.glob("*.tar")
+def _package_in(out_path: Path, hub: Hub) -> sealing.Package:
+    (path,) = out_path.glob("*.age")
     assert sorted(path.name for path in out_path.iterdir()) == [path.name], "work in progress was left behind"
-    return contribution.read_package(path)
+    return sealing.read_sealed(path, identities=hub.identities)
 
 
-def _opened(out_path: Path, into_path: Path) -> tuple[contribution.Manifest, list[dict[str, Any]]]:
-    manifest = contribution.open_package(_package_in(out_path).path, into_path)
+def _plain(package: sealing.Package, hub: Hub) -> bytes:
+    return pyrage.decrypt(package.path.read_bytes(), [pyrage.x25519.Identity.from_str(hub.identities[0])])
+
+
+def _opened(out_path: Path, into_path: Path, hub: Hub) -> tuple[sealing.Manifest, list[dict[str, Any]]]:
+    manifest = hub.open(_package_in(out_path, hub).path, into_path)
     rows = [row for path in sorted(into_path.glob("shards/*")) for row in pq.read_table(path).to_pylist()]
     return manifest, rows
 
@@ -68,7 +89,7 @@ def test_main__check_says_fit_by_its_exit_code(
 
 
 def test_main__contribute_refuses_an_unfit_folder(
-    site_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    site_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], keys_path: Path
 ) -> None:
     out_path = tmp_path / "out"
     arguments = ["contribute", str(site_path), "--form", "images", "--site-id", "aster", "--out", str(out_path)]
@@ -78,17 +99,21 @@ def test_main__contribute_refuses_an_unfit_folder(
 
 
 @pytest.mark.parametrize(("form", "more"), [("images", ["--site-id", "Aster Hospital"]), ("weights", [])])
-def test_main__contribute_refuses_wrong_arguments(site_path: Path, tmp_path: Path, form: str, more: list[str]) -> None:
+def test_main__contribute_refuses_wrong_arguments(
+    site_path: Path, tmp_path: Path, form: str, more: list[str], keys_path: Path
+) -> None:
     assert site.main(_arguments(site_path, form, tmp_path / "out", *more)) == site.EXIT_USAGE
     assert not (tmp_path / "out").exists()
 
 
-def test_main__contribute_images(site_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main__contribute_images(
+    site_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: Hub, keys_path: Path
+) -> None:
     arguments = _arguments(site_path, "images", tmp_path / "out")
     assert site.main(arguments) == site.EXIT_FIT
-    package = _package_in(tmp_path / "out")
+    package = _package_in(tmp_path / "out", hub)
     assert package.sha256 in capsys.readouterr().out
-    manifest, rows = _opened(tmp_path / "out", tmp_path / "opened")
+    manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
     assert (manifest.site_id, manifest.num_images, manifest.policy) == ("aster", NUM_IMAGES, "demonstration/1")
     assert len(rows) == NUM_IMAGES
     assert {(row["site_id"], row["origin"], row["image"][1:4]) for row in rows} == {("aster", "real", b"PNG")}
@@ -98,24 +123,30 @@ def test_main__contribute_images(site_path: Path, tmp_path: Path, capsys: pytest
     patients = {row.cells["patient"] for row in table.rows}
     assert {row["patient"] for row in rows} == {deidentify.pseudonym(key, patient) for patient in patients}
     assert stat.S_IMODE((tmp_path / "site.key").stat().st_mode) == 0o600
-    content = package.path.read_bytes()
+    content = _plain(package, hub)
     for word in [*patients, *(row.image for row in table.rows)]:
         assert word.encode() not in content, "an identifier left the site"
 
 
-def test_main__contribute_images_again_finds_the_package(site_path: Path, tmp_path: Path) -> None:
+def test_main__contribute_images_again_finds_the_package(
+    site_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+) -> None:
     arguments = _arguments(site_path, "images", tmp_path / "out")
     site.main(arguments)
-    first = _package_in(tmp_path / "out")
+    first = _package_in(tmp_path / "out", hub)
     changed_s = first.path.stat().st_mtime_ns
     assert site.main(arguments) == site.EXIT_FIT
-    assert _package_in(tmp_path / "out").path.stat().st_mtime_ns == changed_s
+    assert _package_in(tmp_path / "out", hub).path.stat().st_mtime_ns == changed_s
     first.path.unlink()
     site.main(arguments)
-    assert _package_in(tmp_path / "out").sha256 == first.sha256
+    again = _package_in(tmp_path / "out", hub).manifest
+    assert again.files == first.manifest.files, "what it holds depends on the photographs alone"
+    assert (again.sequence, again.previous_sha256) == (2, first.sha256)
 
 
-def test_main__contribute_tells_no_value_of_a_single_patient(site_path: Path, tmp_path: Path) -> None:
+def test_main__contribute_tells_no_value_of_a_single_patient(
+    site_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+) -> None:
     lines = (site_path / "metadata.csv").read_text().splitlines()
     header = lines[0].split(",")
     cells = lines[1].split(",")
@@ -124,12 +155,12 @@ def test_main__contribute_tells_no_value_of_a_single_patient(site_path: Path, tm
     (tmp_path / "site" / "traindata").symlink_to(site_path / "traindata")
     (tmp_path / "site" / "metadata.csv").write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n")
     site.main(_arguments(tmp_path / "site", "images", tmp_path / "out"))
-    assert b"Unique Word" not in _package_in(tmp_path / "out").path.read_bytes()
+    assert b"Unique Word" not in _plain(_package_in(tmp_path / "out", hub), hub)
 
 
-def test_main__contribute_weights(site_path: Path, base_path: Path, tmp_path: Path) -> None:
+def test_main__contribute_weights(site_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path) -> None:
     assert site.main(_arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path))) == site.EXIT_FIT
-    manifest, rows = _opened(tmp_path / "out", tmp_path / "opened")
+    manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
     assert rows == []
     assert manifest.base_sha256 == pipeline.unet_sha256(base_path)
     assert {file.path for file in manifest.files} == {
@@ -142,9 +173,11 @@ def test_main__contribute_weights(site_path: Path, base_path: Path, tmp_path: Pa
     assert pipeline.load_pipeline(base_path, adapter_path=tmp_path / "opened" / "weights") is not None
 
 
-def test_main__contribute_synthetic(site_path: Path, base_path: Path, tmp_path: Path) -> None:
+def test_main__contribute_synthetic(
+    site_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+) -> None:
     assert site.main(_arguments(site_path, "synthetic", tmp_path / "out", "--base", str(base_path))) == site.EXIT_FIT
-    manifest, rows = _opened(tmp_path / "out", tmp_path / "opened")
+    manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
     assert (manifest.form, manifest.num_images, len(rows)) == ("synthetic", 5, 5)
     assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
     for row in rows:
@@ -153,7 +186,9 @@ def test_main__contribute_synthetic(site_path: Path, base_path: Path, tmp_path: 
         assert row["generator_id"].startswith("site-")
 
 
-def test_main__contribute_killed_goes_on_and_ends_the_same(site_path: Path, base_path: Path, tmp_path: Path) -> None:
+def test_main__contribute_killed_goes_on_and_ends_the_same(
+    site_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+) -> None:
     arguments = _arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path), "--images-seen", "240")
     work_path = tmp_path / "work"
     command = [sys.executable, "-m", "gretfound.site", *arguments, "--work", str(work_path)]
@@ -171,31 +206,76 @@ def test_main__contribute_killed_goes_on_and_ends_the_same(site_path: Path, base
         os.kill(process.pid, signal.SIGKILL)
     assert not list((tmp_path / "out").glob("*"))
     assert site.main([*arguments, "--work", str(work_path)]) == site.EXIT_FIT
-    resumed = _package_in(tmp_path / "out")
+    resumed = _package_in(tmp_path / "out", hub)
     assert not list(work_path.glob("*"))
     resumed.path.unlink()
     assert site.main(arguments) == site.EXIT_FIT
-    undisturbed = _package_in(tmp_path / "out")
+    undisturbed = _package_in(tmp_path / "out", hub)
     for one, other in zip(resumed.manifest.files, undisturbed.manifest.files, strict=True):
         # How often the loss is noted depends on the clock; what was learned does not.
         assert one == other or one.path == "training/metrics.jsonl"
 
 
 def test_main__inspect_says_what_is_in_a_package(
-    site_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    site_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: Hub, keys_path: Path
 ) -> None:
     site.main(_arguments(site_path, "images", tmp_path / "out"))
-    package = _package_in(tmp_path / "out")
-    capsys.readouterr()
-    assert site.main(["inspect", str(package.path)]) == site.EXIT_FIT
-    words = capsys.readouterr().out
-    assert package.sha256 in words and "de-identified" in words and "shards/part-00000.parquet" in words
-    assert site.main(["inspect", str(package.path), "--json"]) == site.EXIT_FIT
-    content = json.loads(capsys.readouterr().out)
-    assert content["manifest"]["site_id"] == "aster" and content["sha256"] == package.sha256
+    package = _package_in(tmp_path / "out", hub)
+    identity_path = hub.keys_path / "identity.txt"
+    for reader in (["--keys", str(keys_path)], ["--identity", str(identity_path)]):
+        capsys.readouterr()
+        assert site.main(["inspect", str(package.path), *reader]) == site.EXIT_FIT
+        words = capsys.readouterr().out
+        assert package.sha256 in words and "de-identified" in words and "shards/part-00000.parquet" in words
+        assert "Draft" not in words
+        assert site.main(["inspect", str(package.path), "--json", *reader]) == site.EXIT_FIT
+        content = json.loads(capsys.readouterr().out)
+        assert content["manifest"]["site_id"] == "aster" and content["sha256"] == package.sha256
+    assert site.main(["inspect", str(package.path), "--keys", str(tmp_path)]) == site.EXIT_USAGE
+    assert "only the hub can open it" in capsys.readouterr().err
     package.path.write_bytes(package.path.read_bytes()[:-1])
-    assert site.main(["inspect", str(package.path)]) == site.EXIT_USAGE
-    assert "TRUNCATED" in capsys.readouterr().err
+    assert site.main(["inspect", str(package.path), "--identity", str(identity_path)]) == site.EXIT_USAGE
+    assert "DAMAGED" in capsys.readouterr().err
+    assert site.main(["inspect", str(package.path), "--keys", str(keys_path)]) == site.EXIT_USAGE
+
+
+def test_main__contribute_needs_keys_before_it_works(
+    site_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert site.main(_arguments(site_path, "images", tmp_path / "out")) == site.EXIT_USAGE
+    assert "gretfound-site keys --site-id aster" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_main__a_steward_with_a_passphrase_signs_after_reading(
+    site_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: Hub
+) -> None:
+    secret_path, wrong_path = tmp_path / "secret.txt", tmp_path / "wrong.txt"
+    for path, text in ((secret_path, "open sesame\n"), (wrong_path, "open says me\n")):
+        path.write_text(text)
+        path.chmod(0o600)
+    keys = ["--keys", str(tmp_path / "keys"), "--passphrase-file", str(secret_path)]
+    assert site.main(["keys", "--site-id", "aster", "--hub", str(hub.keys_path / "hub.json"), *keys]) == site.EXIT_FIT
+    words = capsys.readouterr().out
+    assert "steward" in words and "locked" in words and "open sesame" not in words
+    hub.change_roster("admit", f"card_path={tmp_path / 'keys' / 'aster.site.json'}")
+
+    arguments = _arguments(site_path, "images", tmp_path / "out")
+    for _ in range(2):  # run again, it finds the draft
+        assert site.main(arguments) == site.EXIT_FIT
+        assert "gretfound-site sign" in capsys.readouterr().out
+    (draft_path,) = (tmp_path / "out").iterdir()
+    assert draft_path.suffix == ".tar"
+    assert site.main(["inspect", str(draft_path)]) == site.EXIT_FIT
+    assert "Not sealed" in capsys.readouterr().out
+    sign = ["sign", str(draft_path), "--keys", str(tmp_path / "keys")]
+    assert site.main([*sign, "--passphrase-file", str(secret_path)]) == site.EXIT_USAGE, "nobody said yes"
+    assert site.main([*sign, "--yes", "--passphrase-file", str(wrong_path)]) == site.EXIT_USAGE
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [draft_path.name]
+    assert site.main([*sign, "--yes", "--passphrase-file", str(secret_path)]) == site.EXIT_FIT
+    manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
+    assert (manifest.site_id, len(rows)) == ("aster", NUM_IMAGES)
+    assert site.main(arguments) == site.EXIT_FIT, "it finds the sealed package"
 
 
 def test_main__columns_lists_the_dictionary(capsys: pytest.CaptureFixture[str]) -> None:

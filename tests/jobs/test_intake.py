@@ -7,20 +7,29 @@ from typing import Any
 
 import pytest
 
-from gretfound import contribution, fundus, lineage, metadata, phantom, shard, storage
+from gretfound import fundus, lineage, metadata, phantom, shard, storage
 from gretfound.errors import ConfigError, ContributionRejected, LineageError
 from gretfound.generator import pipeline
+from gretfound.keyring import Keyring
 from gretfound.lineage import Contribution, Generator, ShardSet, Site
 from jobs import intake, ledger, withdraw_site
-from tests import tiny_generator
+from tests import parties, tiny_generator
+from tests.parties import Hub
 
 SIZE_PX = 64
 POLICY = "policy=demonstration"
 
 
 @pytest.fixture
-def hub_uri(tmp_path: Path, ray_cluster: None) -> str:
-    return storage.normalised(str(tmp_path / "hub"))
+def hub(tmp_path: Path) -> Hub:
+    hub = parties.hub_at(tmp_path)
+    hub.join(tmp_path / "aster.keys", "aster")
+    return hub
+
+
+@pytest.fixture
+def hub_uri(hub: Hub, ray_cluster: None) -> str:
+    return hub.uri
 
 
 def _terms(form: str, num_images: int, **changes: Any) -> dict[str, Any]:
@@ -55,7 +64,12 @@ def _image_package(
         rows.append(row)
     shard.write_shard_file(staging_path / "shards" / "part-00000.parquet", rows)
     _write_summary(staging_path, num_images)
-    return contribution.seal(staging_path, path, **_terms("images", num_images, **changes)).path
+    return _seal(staging_path, path, **_terms("images", num_images, **changes))
+
+
+def _seal(staging_path: Path, path: Path, **terms: Any) -> Path:
+    ring = Keyring(folder_path=path.parent / "aster.keys", site_id="aster")
+    return parties.seal(ring, staging_path, path, **terms).path
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +100,7 @@ def _weights_package(path: Path, base_path: Path, *, rank: int = 2, stated_rank:
     (staging_path / "training").mkdir()
     (staging_path / "training" / "config.json").write_text("{}")
     (staging_path / "training" / "metrics.jsonl").write_text('{"images_seen":64,"loss":0.5}\n')
-    return contribution.seal(staging_path, path, **_terms("weights", 9, base_sha256=base_sha256)).path
+    return _seal(staging_path, path, **_terms("weights", 9, base_sha256=base_sha256))
 
 
 def _publish_base(hub_uri: str, base_path: Path) -> Generator:
@@ -100,11 +114,12 @@ def _records(hub_uri: str) -> list[str]:
 
 
 def _events(hub_uri: str) -> list[tuple[str, str]]:
-    return [(entry["event"], entry["details"]["code"]) for entry in storage.read_ledger(hub_uri)]
+    entries = [entry for entry in storage.read_ledger(hub_uri) if entry["event"] != "roster"]
+    return [(entry["event"], entry["details"]["code"]) for entry in entries]
 
 
 def test_main__admits_photographs(hub_uri: str, tmp_path: Path) -> None:
-    path = _image_package(tmp_path / "package.tar", num_images=4)
+    path = _image_package(tmp_path / "package.age", num_images=4)
     contribution_id = intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY])
     record = storage.read_record(hub_uri, contribution_id, Contribution)
     assert record.package_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -122,7 +137,7 @@ def test_main__admits_photographs(hub_uri: str, tmp_path: Path) -> None:
 
 
 def test_main__counts_a_damaged_photograph_and_keeps_its_neighbours(hub_uri: str, tmp_path: Path) -> None:
-    path = _image_package(tmp_path / "package.tar", num_images=4, num_damaged=1)
+    path = _image_package(tmp_path / "package.age", num_images=4, num_damaged=1)
     intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY])
     (shard_set,) = storage.read_records(hub_uri, ShardSet)
     assert (shard_set.num_images, shard_set.rejected) == (3, {"unreadable": 1})
@@ -130,7 +145,7 @@ def test_main__counts_a_damaged_photograph_and_keeps_its_neighbours(hub_uri: str
 
 def test_main__admits_weights_as_a_generator(hub_uri: str, tmp_path: Path, base_path: Path) -> None:
     base = _publish_base(hub_uri, base_path)
-    path = _weights_package(tmp_path / "package.tar", base_path)
+    path = _weights_package(tmp_path / "package.age", base_path)
     contribution_id = intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY])
     record = storage.read_record(hub_uri, contribution_id, Contribution)
     generator_id = intake.made_by(hub_uri, record).generator_id
@@ -148,7 +163,7 @@ def test_main__rejects_weights_that_do_not_fit(
 ) -> None:
     if case == "wrong rank":
         _publish_base(hub_uri, base_path)
-    path = _weights_package(tmp_path / "package.tar", base_path, rank=3, stated_rank=2 if case == "wrong rank" else 3)
+    path = _weights_package(tmp_path / "package.age", base_path, rank=3, stated_rank=2 if case == "wrong rank" else 3)
     with pytest.raises(ContributionRejected) as caught:
         intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY])
     assert caught.value.code == code
@@ -157,7 +172,7 @@ def test_main__rejects_weights_that_do_not_fit(
 
 
 def test_main__a_standard_hub_refuses_the_demonstration_policy(hub_uri: str, tmp_path: Path) -> None:
-    path = _image_package(tmp_path / "package.tar")
+    path = _image_package(tmp_path / "package.age")
     with pytest.raises(ContributionRejected) as caught:
         intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]"])
     assert caught.value.code == "POLICY"
@@ -170,7 +185,7 @@ def test_main__takes_the_inbox_and_does_nothing_twice(
     inbox_path = tmp_path / "hub" / "inbox"
     inbox_path.mkdir(parents=True)
     for index in range(3):
-        path = _image_package(tmp_path / f"package-{index}.tar", num_images=2, first_seed=10 * index)
+        path = _image_package(tmp_path / f"package-{index}.age", num_images=2, first_seed=10 * index)
         content = path.read_bytes()
         if index == 2:
             content = content[:-4000]
@@ -182,26 +197,26 @@ def test_main__takes_the_inbox_and_does_nothing_twice(
     assert intake_id.startswith("intake-")
     assert capsys.readouterr().err.count("accepted") == 2
     outcomes = storage.read_json(storage.join(storage.run_uri(hub_uri, intake_id), "outcomes.json"))
-    assert [outcome["code"] for outcome in outcomes] == ["", "", "TRUNCATED"]
+    assert [outcome["code"] for outcome in outcomes] == ["", "", "DAMAGED"]
     reason = storage.read_json(storage.join(hub_uri, "quarantine", sha256, "reason.json"))
-    assert reason["code"] == "TRUNCATED"
-    assert storage.read_bytes(storage.join(hub_uri, "quarantine", sha256, "package.tar")) == content
+    assert reason["code"] == "DAMAGED"
+    assert storage.read_bytes(storage.join(hub_uri, "quarantine", sha256, "package.age")) == content
     records, events = _records(hub_uri), _events(hub_uri)
     assert len(records) == 1 + 2 + 2
-    assert sorted(events) == [("accepted", ""), ("accepted", ""), ("rejected", "TRUNCATED")]
+    assert sorted(events) == [("accepted", ""), ("accepted", ""), ("rejected", "DAMAGED")]
 
     assert intake.main([f"hub_uri={hub_uri}", POLICY]) == intake_id
     assert (_records(hub_uri), _events(hub_uri)) == (records, events)
 
 
 def test_main__goes_on_after_being_killed_at_any_write(hub_uri: str, tmp_path: Path) -> None:
-    path = _image_package(tmp_path / "package.tar")
+    path = _image_package(tmp_path / "package.age")
     arguments = [f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY]
     contribution_id = intake.main(arguments)
     records, events = _records(hub_uri), _events(hub_uri)
     record = storage.read_record(hub_uri, contribution_id, Contribution)
     written = [  # in the order of writing, last first: each prefix of removals is what a kill leaves behind
-        "ledger/00000000.json",
+        "ledger/00000002.json",
         f"runs/{record.recipe_id}/record.json",
         f"contributions/{contribution_id}/record.json",
         f"contributions/{contribution_id}/summary/metadata_summary.json",
@@ -220,15 +235,45 @@ def test_main__an_empty_inbox_is_an_error(hub_uri: str) -> None:
 
 
 def test_main__works_on_an_object_store(s3_hub: str, ray_cluster: None, tmp_path: Path) -> None:
-    path = _image_package(tmp_path / "package.tar", num_images=2, first_seed=100)
-    hub_uri = storage.join(s3_hub, "intake")
-    outcome = intake.admit(hub_uri, str(path), "demonstration")
-    assert storage.read_record(hub_uri, outcome.shard_set_id, ShardSet).num_images == 2
-    assert intake.admit(hub_uri, str(path), "demonstration") == outcome
+    hub = Hub(storage.join(s3_hub, "intake"), tmp_path / "hub.keys")
+    hub.join(tmp_path / "aster.keys", "aster")
+    path = _image_package(tmp_path / "package.age", num_images=2, first_seed=100)
+    arguments = (hub.uri, str(path), "demonstration", hub.keys_path, hub.roster, [])
+    outcome = intake.admit(*arguments)
+    assert storage.read_record(hub.uri, outcome.shard_set_id, ShardSet).num_images == 2
+    assert intake.admit(*arguments) == outcome
+
+
+def test_main__takes_a_sites_packages_in_their_turn_whatever_the_order(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
+    paths = [_image_package(tmp_path / f"{index}.age", num_images=1, first_seed=index) for index in range(3)]
+    missing = f"package_uris=[{paths[2]},{paths[1]}]"
+    with pytest.raises(ContributionRejected) as caught:
+        intake.main([f"hub_uri={hub_uri}", missing, POLICY])
+    assert caught.value.code == "PREVIOUS_MISSING" and _records(hub_uri) == [] and _events(hub_uri) == []
+    assert storage.list_names(storage.join(hub_uri, "quarantine")) == []
+    intake.main([f"hub_uri={hub_uri}", f"package_uris=[{paths[2]},{paths[1]},{paths[0]}]", POLICY])
+    assert _events(hub_uri) == [("accepted", "")] * 3
+
+
+def test_main__a_package_may_follow_one_that_is_lost(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
+    _image_package(tmp_path / "lost.age", num_images=1)
+    path = _image_package(tmp_path / "second.age", num_images=1, first_seed=1)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", f"follows_lost=[{sha256}]", POLICY])
+    assert _events(hub_uri) == [("accepted", "")]
+
+
+def test_main__rejects_and_notes_what_nobody_may_send(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
+    path = _image_package(tmp_path / "package.age", num_images=1)
+    hub.change_roster("suspend", "site_id=aster")
+    with pytest.raises(ContributionRejected) as caught:
+        intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY])
+    assert caught.value.code == "SITE_SUSPENDED"
+    assert (_records(hub_uri), _events(hub_uri)) == ([], [("rejected", "SITE_SUSPENDED")])
 
 
 def test_withdraw_site__lists_what_descends_from_a_site(hub_uri: str, tmp_path: Path) -> None:
-    ours = _image_package(tmp_path / "ours.tar", num_images=2)
+    ours = _image_package(tmp_path / "ours.age", num_images=2)
     intake.main([f"hub_uri={hub_uri}", f"package_uris=[{ours}]", POLICY])
     shard_set = next(iter(storage.read_records(hub_uri, ShardSet)))
     other = ShardSet(site_id="birch", origin="real", num_images=1, shards=(), rejected={})
