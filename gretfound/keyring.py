@@ -10,7 +10,6 @@ The steward's key may be locked with a passphrase, or lie elsewhere until it is 
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -22,6 +21,7 @@ from gretfound.roster import SITE_CARD_TYPE, Approval, HubCard, KeyRole, SiteCar
 from gretfound.sealing import Label, Manifest, Package
 from gretfound.signing import Document, UnreadableDocument
 
+SEALED_FOLDER = "sealed"
 ROLES: tuple[KeyRole, ...] = ("container", "steward")
 
 
@@ -210,7 +210,7 @@ def seal(
         )
         last = Sealed(package_sha256=sealed.sha256, manifest=sealed.manifest)
         key_id = last.manifest.approvals[0].key_id
-        path = ring.folder_path / "sealed" / f"{key_id[:16]}-{last.manifest.sequence:08d}.json"
+        path = ring.folder_path / SEALED_FOLDER / f"{key_id[:16]}-{last.manifest.sequence:08d}.json"
         if not storage.create_bytes(str(path), last.to_bytes()):
             waiting_path.unlink()
             raise ConfigError("another package of this site was sealed at the same time; run the same command again")
@@ -227,7 +227,8 @@ def seal(
 def find(folder_path: Path, package_path: Path) -> Package | None:
     """Returns what a keyring remembers of a sealed package, None if it did not seal it."""
     sha256 = storage.sha256_of(package_path)
-    for sealed in _all(folder_path):
+    for path in (folder_path / SEALED_FOLDER).glob("*.json"):
+        sealed = _read_sealed(path)
         if sealed.package_sha256 == sha256:
             size_bytes = package_path.stat().st_size
             return Package(path=package_path, sha256=sha256, size_bytes=size_bytes, manifest=sealed.manifest)
@@ -236,13 +237,12 @@ def find(folder_path: Path, package_path: Path) -> Package | None:
 
 def _last(ring: Keyring) -> Sealed | None:
     key_id = approval_of(ring, "container").key_id
-    own = [sealed for sealed in _all(ring.folder_path) if sealed.manifest.approvals[0].key_id == key_id]
-    return max(own, key=lambda sealed: sealed.manifest.sequence, default=None)
+    paths = sorted((ring.folder_path / SEALED_FOLDER).glob(f"{key_id[:16]}-*.json"))
+    return _read_sealed(paths[-1]) if paths else None
 
 
-def _all(folder_path: Path) -> Iterator[Sealed]:
-    for path in sorted((folder_path / "sealed").glob("*.json")):
-        try:
-            yield signing.parse_document(path.read_bytes(), Sealed)
-        except UnreadableDocument as error:
-            raise ConfigError(f"{path} was changed: {error}; restore it from a copy") from error
+def _read_sealed(path: Path) -> Sealed:
+    try:
+        return signing.parse_document(path.read_bytes(), Sealed)
+    except UnreadableDocument as error:
+        raise ConfigError(f"{path} was changed: {error}; restore it from a copy") from error

@@ -76,7 +76,7 @@ class HubCard(Document):
     """What the hub tells its sites: for whom to seal. Its digest is compared over the telephone."""
 
     schema_version: Literal["gretfound-hub-card/1"] = "gretfound-hub-card/1"
-    recipients: tuple[Recipient, ...] = Field(min_length=2, max_length=8)
+    recipients: tuple[Recipient, Recipient]
 
 
 class SiteKey(Approval):
@@ -119,7 +119,10 @@ class Root(Document):
 
 
 class Roster(Document):
-    """One version of the roster."""
+    """One version of the roster.
+
+    ``recipients`` are those that packages may be sealed for: first the two on the hub's card, then older ones.
+    """
 
     schema_version: Literal["gretfound-roster/1"] = "gretfound-roster/1"
     version: int = Field(ge=1, lt=10**8)
@@ -140,6 +143,11 @@ class Roster(Document):
         if len(set(keys)) != len(keys):
             raise ValueError("a key stands in it twice: each belongs to one site and one role")
         return self
+
+    @property
+    def hub_card(self) -> HubCard:
+        """The hub's card for its sites."""
+        return HubCard(recipients=self.recipients[:2])
 
     @property
     def id(self) -> str:

@@ -214,15 +214,7 @@ def read_draft(draft_path: Path) -> Package:
     Raises:
         ContributionRejected: As `open_sealed`, but for the codes about encryption, the roster and dates.
     """
-    num_signatures = 0
-
-    def judge(manifest: Manifest, envelope: Envelope) -> None:
-        nonlocal num_signatures
-        _require_signatures(manifest, envelope, at_least=1)
-        num_signatures = len(envelope.signatures)
-
-    with draft_path.open("rb") as stream:
-        manifest = _read(stream, None, judge)
+    manifest, num_signatures = _verified_draft(draft_path)
     return replace(_described(draft_path, manifest), num_signatures=num_signatures)
 
 
@@ -242,7 +234,7 @@ def seal(
         ContributionRejected: If the draft is not what its container signed.
         ConfigError: If the keys are not those that the draft names.
     """
-    drafted = read_draft(draft_path).manifest
+    drafted, _ = _verified_draft(draft_path)
     keys = (container_key, steward_key)
     if [signing.public_hex(key.public_key()) for key in keys] != [each.public_key for each in drafted.approvals]:
         raise ConfigError("the draft names other keys than the site's; run `gretfound-site contribute` again")
@@ -252,10 +244,12 @@ def seal(
         _skip_head(members)
         head = io.BytesIO(_head(manifest, keys))
         recipients = [pyrage.x25519.Recipient.from_str(each) for each in manifest.encrypted_to]
-        pyrage.encrypt_io(_Joined(head, members), stream, recipients)
+        written = _Hashed(stream)
+        pyrage.encrypt_io(_Joined(head, members), written, recipients)
         stream.flush()
         os.fsync(stream.fileno())
-    return _described(package_path, manifest)
+    sha256, size_bytes = written.digest.hexdigest(), package_path.stat().st_size
+    return Package(path=package_path, sha256=sha256, size_bytes=size_bytes, manifest=manifest)
 
 
 def open_sealed(
@@ -421,6 +415,19 @@ def _skip_head(stream: BinaryIO) -> None:
         stream.seek(found[1] + len(archive.padding(found[1])), io.SEEK_CUR)
 
 
+def _verified_draft(draft_path: Path) -> tuple[Manifest, int]:
+    num_signatures = 0
+
+    def judge(manifest: Manifest, envelope: Envelope) -> None:
+        nonlocal num_signatures
+        _require_signatures(manifest, envelope, at_least=1)
+        num_signatures = len(envelope.signatures)
+
+    with draft_path.open("rb") as stream:
+        manifest = _read(stream, None, judge)
+    return manifest, num_signatures
+
+
 class _Joined(io.RawIOBase):
     """One stream after another, as `pyrage.encrypt_io` reads them."""
 
@@ -433,6 +440,21 @@ class _Joined(io.RawIOBase):
                 return content
             self._streams.pop(0)
         return b""
+
+
+class _Hashed:
+    """Writes to a stream and takes the digest of what it writes, as `pyrage.encrypt_io` writes it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self._stream.write(content)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def _statement(manifest_content: bytes) -> bytes:
