@@ -47,7 +47,8 @@ def make(folder_path: Path, *, num_root_keys: int, threshold: int) -> tuple[Root
         text = f"# public key: {identity.to_public()}\n{identity}\n"
         signing.write_secret(folder_path / name, text.encode())
     root = Root(threshold=threshold, public_keys=tuple(signing.public_hex(key.public_key()) for key in root_keys))
-    card = HubCard(recipients=tuple(str(identity.to_public()) for identity in identities))
+    online, recovery = (str(identity.to_public()) for identity in identities)
+    card = HubCard(recipients=(online, recovery))
     write_card(folder_path, card)
     storage.write_bytes(str(folder_path / ANCHOR_NAME), f"{root.fingerprint}\n".encode())
     return root, card

@@ -45,9 +45,7 @@ class Config:
     draft_path: str = setting("", "where a version waits until enough people have signed it")
     num_root_keys: int = setting(3, "init: people who hold a root key")
     threshold: int = setting(2, "init and renew: how many of them must sign")
-    recipients: list[str] = setting(
-        [], "renew: age recipients to seal for from now on; older ones have to be named too"
-    )
+    recipients: list[str] = setting([], "renew: age recipients; the first two are on the card, more are still accepted")
     root_public_paths: list[str] = setting(
         [], "renew: public root keys that sign from now on; the old ones sign this once"
     )
@@ -89,10 +87,9 @@ def main(argv: list[str]) -> str:
     anchor = strongbox.read_anchor(keys_path)
     current, content = roster.read_current(hub_uri, anchor=anchor)
     if verb in ("init", "show"):
-        print(_in_words(current), file=sys.stderr)
-        return current.id
+        return _shown(current, keys_path)
     if verb == "sign":
-        signed = Path(loaded.draft_path).read_bytes()
+        signed = _read(Path(loaded.draft_path))
         drafted = roster.read_draft(signed)
     else:
         changed = _changed(verb, loaded, current)
@@ -101,17 +98,15 @@ def main(argv: list[str]) -> str:
         today = datetime.now(UTC).date()
         signed, drafted = b"", roster.following(changed, content, today=today)
     paths = [Path(path) for path in loaded.root_key_paths] or strongbox.root_paths(keys_path)
+    if not paths:
+        raise ConfigError(f"no root key lies in {keys_path}; give root_key_paths")
     signed = roster.sign(drafted, [signing.read_private_key(path) for path in paths], signed)
     if not roster.is_signed(signed, [current.root, drafted.root]):
         if not loaded.draft_path:
             raise ConfigError("too few root keys are here to sign; give draft_path, and let others `sign` that file")
         Path(loaded.draft_path).write_bytes(signed)
         return loaded.draft_path
-    published = roster.publish(hub_uri, signed, anchor=anchor)
-    if loaded.recipients or verb == "sign":
-        strongbox.write_card(keys_path, roster.HubCard(recipients=published.recipients))
-    print(_in_words(published), file=sys.stderr)
-    return published.id
+    return _shown(roster.publish(hub_uri, signed, anchor=anchor), keys_path)
 
 
 def _init(loaded: Config, hub_uri: str, keys_path: Path) -> str:
@@ -167,6 +162,15 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _shown(roster: "Roster", keys_path: Path) -> str:
+    """Prints a roster, and writes the hub's card anew, which is the same on each machine that does."""
+    from gretfound import strongbox
+
+    strongbox.write_card(keys_path, roster.hub_card)
+    print(_in_words(roster), file=sys.stderr)
+    return roster.id
 
 
 def _in_words(shown: "Roster") -> str:

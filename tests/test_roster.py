@@ -121,6 +121,8 @@ def test_main__people_sign_one_after_the_other(hub: Hub, tmp_path: Path) -> None
         (hub.keys_path / f"root-{number}.pem").rename(tmp_path / f"person-{number}.pem")
     draft = f"draft_path={tmp_path}/draft.json"
     mine, theirs = (f"root_key_paths=[{tmp_path}/person-{number}.pem]" for number in (1, 3))
+    with pytest.raises(ConfigError, match="no root key"):
+        hub.change_roster("renew")
     with pytest.raises(ConfigError, match="draft_path"):
         hub.change_roster("renew", mine)
     assert hub.change_roster("renew", mine, draft) == f"{tmp_path}/draft.json"
@@ -164,10 +166,11 @@ def test_renew__takes_new_recipients_and_writes_the_card_anew(hub: Hub) -> None:
     other = "age1qyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqs3290gq"
     with pytest.raises(ConfigError, match="recipient"):
         hub.change_roster("renew", f"recipients=[{hub.roster.recipients[0]},{other[:-1]}x]")
-    recipients = [*hub.roster.recipients, _recipient()]
+    new = [_recipient(), _recipient()]
+    recipients = [*new, *hub.roster.recipients]
     hub.change_roster("renew", f"recipients=[{','.join(recipients)}]")
-    assert list(hub.roster.recipients) == recipients
-    assert list(keyring.read_hub_card(hub.keys_path / "hub.json")[0].recipients) == recipients
+    assert list(hub.roster.recipients) == recipients, "what is on its way is still accepted"
+    assert list(keyring.read_hub_card(hub.keys_path / "hub.json")[0].recipients) == new
 
 
 def _recipient() -> str:
