@@ -147,7 +147,12 @@ def resigned(
 
 def test_open_sealed__gives_back_what_was_sealed(known: Known, tmp_path: Path) -> None:
     states: list[str] = []
-    manifest = known.hub.open(known.package.path, tmp_path / "opened", on_passed=states.append)
+
+    def passed(state: str) -> None:
+        states.append(state)
+        assert list(tmp_path.iterdir()) == [], "a member was written before it was known who signed"
+
+    manifest = known.hub.open(known.package.path, tmp_path / "opened", on_passed=passed)
     assert manifest == known.package.manifest and states == ["DECRYPTED", "SIGNED"]
     for each in manifest.files:
         assert (tmp_path / "opened" / each.path).read_bytes() == (known.staging / each.path).read_bytes()
@@ -504,6 +509,26 @@ def test_open_sealed__refuses_what_was_sealed_for_another_hub(known: Known, tmp_
     recipients = [pyrage.x25519.Recipient.from_str(each) for each in other.roster.recipients]
     anew.write_bytes(pyrage.encrypt(known.plain, recipients))
     assert code_of(anew) == "NOT_FOR_THIS_HUB"
+
+
+def test_open_sealed__refuses_what_was_sealed_for_a_stranger_too(known: Known, tmp_path: Path) -> None:
+    stranger = str(pyrage.x25519.Identity.generate().to_public())
+    for names in ([known.roster.recipients[0], stranger], [*known.roster.recipients, stranger], [stranger, stranger]):
+        plain = resigned(known, lambda manifest, names=names: manifest.update(encrypted_to=names))
+        assert known.plain_code_of(plain, tmp_path) == "NOT_FOR_THIS_HUB"
+
+
+def test_open_sealed__notices_a_cut_behind_the_end_of_the_tar(known: Known, tmp_path: Path) -> None:
+    write_staging(tmp_path / "staging")
+    for size_bytes in (900, 900 + 2**16 - len(known.plain) % 2**16):  # the second fills age's chunks of 64 KiB
+        content = b"PAR1" + random.Random(1).randbytes(size_bytes)
+        (tmp_path / "staging" / "shards" / "part-00000.parquet").write_bytes(content)
+        package = parties.seal(known.ring, tmp_path / "staging", tmp_path / "long.age")
+    plain = pyrage.decrypt(package.path.read_bytes(), [_identity(known.hub)])
+    assert len(plain) % 2**16 == 0
+    path = known.sealed(plain + b"more", tmp_path / "cut.age")
+    path.write_bytes(path.read_bytes()[: -(4 + 16)])
+    assert known.code_of(path) == "DAMAGED"
 
 
 def test_take_number__each_package_in_its_turn_and_none_twice(known: Known, tmp_path: Path) -> None:
