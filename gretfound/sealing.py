@@ -296,7 +296,7 @@ def open_sealed(
 
     def judge(manifest: Manifest, envelope: Envelope) -> None:
         on_passed("DECRYPTED")
-        _require_signatures(manifest, envelope, at_least=2)
+        _require_signatures(manifest, envelope, may_be_draft=False)
         _require_trust(manifest, identities=identities, roster=roster, today=today)
         on_passed("SIGNED")
 
@@ -318,7 +318,10 @@ def read_sealed(package_path: Path, *, identities: Sequence[str]) -> Package:
         ContributionRejected: As `open_sealed`, but for the codes of the roster and dates.
     """
     manifest = _read_sealed(
-        package_path, None, identities, lambda manifest, envelope: _require_signatures(manifest, envelope, at_least=2)
+        package_path,
+        None,
+        identities,
+        lambda manifest, envelope: _require_signatures(manifest, envelope, may_be_draft=False),
     )
     return _described(package_path, manifest)
 
@@ -420,12 +423,11 @@ def _verified_draft(draft_path: Path) -> tuple[Manifest, int]:
 
     def judge(manifest: Manifest, envelope: Envelope) -> None:
         nonlocal num_signatures
-        _require_signatures(manifest, envelope, at_least=1)
+        _require_signatures(manifest, envelope, may_be_draft=True)
         num_signatures = len(envelope.signatures)
 
     with draft_path.open("rb") as stream:
-        manifest = _read(stream, None, judge)
-    return manifest, num_signatures
+        return _read(stream, None, judge), num_signatures
 
 
 class _Joined(io.RawIOBase):
@@ -565,19 +567,19 @@ def _read_envelope(content: bytes, manifest_content: bytes) -> Envelope:
     return envelope
 
 
-def _require_signatures(manifest: Manifest, envelope: Envelope, *, at_least: int) -> None:
-    """Requires the container's signature and, of a package, the steward's: two keys, and no other signature."""
+def _require_signatures(manifest: Manifest, envelope: Envelope, *, may_be_draft: bool) -> None:
+    """Requires the container's signature and, unless it may be a draft, the steward's: two keys, and no third."""
     ids = {approval.role: approval.key_id for approval in manifest.approvals}
     if ids["container"] == ids["steward"]:
         raise ContributionRejected("SAME_KEY_TWICE", "the container and the steward need keys of their own")
     signed = set(envelope.signatures)
-    if at_least == 2 and len(signed) < 2:
+    if len(signed) < 2 and not may_be_draft:
         raise ContributionRejected("ONE_SIGNATURE", "it needs the container's and the steward's signature: sign it")
-    allowed = {frozenset(ids.values())} if at_least == 2 else {frozenset(ids.values()), frozenset({ids["container"]})}
+    allowed = [set(ids.values()), *([{ids["container"]}] if may_be_draft else [])]
     verified = signing.verified_key_ids(
         envelope, [signing.public_from_hex(approval.public_key) for approval in manifest.approvals]
     )
-    if frozenset(signed) not in allowed or verified != signed:
+    if signed not in allowed or verified != signed:
         raise ContributionRejected(
             "BAD_SIGNATURE", "a signature is not of the keys that the manifest names; seal it again"
         )

@@ -9,7 +9,6 @@
 The two identities are in the form of ``age-keygen``, so that `age --decrypt` reads them as well.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyrage
@@ -72,16 +71,6 @@ def read_identities(path: Path) -> tuple[str, ...]:
     """
     lines = signing.read_secret(path).decode(errors="replace").splitlines()
     found = tuple(line.strip() for line in lines if line.startswith(SECRET_PREFIX))
-    require_identities(found, path)
-    return found
-
-
-def require_identities(found: Sequence[str], path: Path) -> None:
-    """Requires at least one identity, each of them readable.
-
-    Raises:
-        ConfigError: If not; the message never holds a key.
-    """
     try:
         for text in found:
             pyrage.x25519.Identity.from_str(text)
@@ -89,6 +78,7 @@ def require_identities(found: Sequence[str], path: Path) -> None:
         found = ()
     if not found:
         raise ConfigError(f"{path} holds no readable age identity ({SECRET_PREFIX}1...); restore it from its copy")
+    return found
 
 
 def read_anchor(folder_path: Path) -> str:
