@@ -13,6 +13,7 @@ is published once enough root keys have signed it; until then it lies in draft_p
 also takes new recipients and root keys. The last line is the id of the newest version, or the path of the draft.
 """
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -38,7 +39,7 @@ class Config:
     hub_uri: str = setting(help="the hub: a folder, s3://, gs:// or abfs://")
     keys_path: str = setting("", "folder of the hub's keys; empty: HUB.keys beside a local hub")
     card_path: str = setting("", "admit: the card that `gretfound-site keys` wrote")
-    key_id: str = setting("", "revoke: the id of a site's key, as `show` lists it")
+    key_id: str = setting("", "revoke: the whole id of a site's key, as `show` lists it")
     site_id: str = setting("", "suspend: the site")
     valid_days: int = setting(365, "admit: days that the site's keys are valid")
     root_key_paths: list[str] = setting([], "root keys to sign with; empty: those in keys_path")
@@ -174,15 +175,17 @@ def _shown(roster: "Roster", keys_path: Path) -> str:
 
 
 def _in_words(shown: "Roster") -> str:
-    lines = [
-        f"{shown.id}: in force to {shown.expires}, {shown.root.threshold} of {len(shown.root.public_keys)} root keys"
-    ]
-    lines += [f"  sealed for {recipient}" for recipient in shown.recipients]
+    from gretfound import signing
+
+    root = shown.root
+    card_sha256 = hashlib.sha256(shown.hub_card.to_bytes()).hexdigest()
+    lines = [f"{shown.id}: in force to {shown.expires}, {root.threshold} of {len(root.public_keys)} root keys"]
+    lines.append(f"  hub       {signing.spoken(card_sha256)}  sealed for {', '.join(shown.recipients)}")
     for site in shown.sites:
         lines.append(f"  {site.site_id}{f', suspended since {site.suspended}' if site.suspended else ''}")
         for key in site.keys:
             state = f"revoked on {key.revoked}" if key.revoked else f"valid {key.valid_from} to {key.valid_until}"
-            lines.append(f"    {key.role:<10}{key.key_id}  {state}")
+            lines.append(f"  {key.role:<10}{signing.spoken(key.key_id)}  {state}, key_id={key.key_id}")
     return "\n".join(lines)
 
 
