@@ -147,7 +147,7 @@ class Roster(Document):
     @property
     def hub_card(self) -> HubCard:
         """The hub's card for its sites."""
-        return HubCard(recipients=self.recipients[:2])
+        return HubCard(recipients=(self.recipients[0], self.recipients[1]))
 
     @property
     def id(self) -> str:

@@ -40,6 +40,7 @@ def make(folder_path: Path, *, num_root_keys: int, threshold: int) -> tuple[Root
     Raises:
         ConfigError: If there are keys already.
     """
+    folder_path.mkdir(parents=True, exist_ok=True, mode=0o700)
     identities = [pyrage.x25519.Identity.generate() for _ in range(2)]
     root_keys = [signing.make_private_key(folder_path / f"root-{n}.pem") for n in range(1, num_root_keys + 1)]
     for name, identity in zip((IDENTITY_NAME, RECOVERY_NAME), identities, strict=True):
