@@ -17,9 +17,9 @@ import io
 import os
 import re
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -493,36 +493,42 @@ def _decrypting(sealed: BinaryIO, identities: Sequence[str]) -> Iterator[BinaryI
     What is read may be cut where the package is damaged, so the damage, not the cut, is raised in the end.
     """
     keys = [pyrage.x25519.Identity.from_str(each) for each in identities]
-    failures: list[Exception] = []
     read_end, write_end = os.pipe()
 
     def decrypt() -> None:
+        with os.fdopen(write_end, "wb", buffering=PIPE_BYTES) as plain:
+            pyrage.decrypt_io(sealed, plain, keys)
+
+    with ThreadPoolExecutor(1) as pool:
+        decrypted = pool.submit(decrypt)
         try:
-            with os.fdopen(write_end, "wb", buffering=PIPE_BYTES) as plain:
-                pyrage.decrypt_io(sealed, plain, keys)
-        except (pyrage.DecryptError, OSError) as error:  # BrokenPipeError too: the reader refused what it has seen
-            failures.append(error)
+            with os.fdopen(read_end, "rb", buffering=PIPE_BYTES) as stream:
+                yield stream
+        except ContributionRejected as error:
+            if error.code == "TRUNCATED":  # else the reader has refused what it saw, and let the pipe break
+                _require_undamaged(decrypted)
+            raise
+        _require_undamaged(decrypted)
 
-    thread = threading.Thread(target=decrypt, name="decrypt")
-    thread.start()
+
+def _require_undamaged(decrypted: Future[None]) -> None:
     try:
-        with os.fdopen(read_end, "rb", buffering=PIPE_BYTES) as stream:
-            yield stream
-    except ContributionRejected as error:
-        thread.join()
-        raise (_damage(failures[0]) if failures and error.code == "TRUNCATED" else error) from None
-    finally:
-        thread.join()
-    if failures:
-        raise _damage(failures[0])
-
-
-def _damage(failure: Exception) -> ContributionRejected:
-    if isinstance(failure, pyrage.DecryptError) and "matching keys" in str(failure):
-        return ContributionRejected(
-            "NOT_FOR_THIS_HUB", "it is sealed for somebody else; seal it with the card of this hub"
-        )
-    return ContributionRejected("DAMAGED", "the package was changed or cut after it was sealed; send it again")
+        decrypted.result()
+    except pyrage.DecryptError as error:
+        if "matching keys" in str(error):
+            raise ContributionRejected(
+                "NOT_FOR_THIS_HUB", "it is sealed for somebody else; seal it with the card of this hub"
+            ) from None
+        damage = str(error)
+    except OSError as error:
+        if error.errno is not None:  # the disk's own; pyrage 1.4 gives damage behind the header as one without a number
+            raise
+        damage = str(error)
+    else:
+        return
+    raise ContributionRejected(
+        "DAMAGED", f"the package was changed or cut after it was sealed ({damage}); send it again"
+    )
 
 
 def _read(stream: BinaryIO, into_path: Path | None, judge: Callable[[Manifest, Envelope], None]) -> Manifest:
