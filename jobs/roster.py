@@ -26,7 +26,7 @@ from gretfound.errors import ConfigError
 from jobs import console
 
 if TYPE_CHECKING:
-    from gretfound.roster import Roster
+    from gretfound.roster import Roster, SiteCard
 
 VERBS = ("init", "admit", "revoke", "suspend", "renew", "sign", "show")
 NEEDS = {"admit": "card_path", "revoke": "key_id", "suspend": "site_id", "sign": "draft_path"}
@@ -38,7 +38,7 @@ class Config:
 
     hub_uri: str = setting(help="the hub: a folder, s3://, gs:// or abfs://")
     keys_path: str = setting("", "folder of the hub's keys; empty: HUB.keys beside a local hub")
-    card_path: str = setting("", "admit: the card that `gretfound-site keys` wrote")
+    card_path: str = setting("", "admit, show: the card that `gretfound-site keys` wrote")
     key_id: str = setting("", "revoke: the whole id of a site's key, as `show` lists it")
     site_id: str = setting("", "suspend: the site")
     valid_days: int = setting(365, "admit: days that the site's keys are valid")
@@ -88,6 +88,8 @@ def main(argv: list[str]) -> str:
     anchor = strongbox.read_anchor(keys_path)
     current, content = roster.read_current(hub_uri, anchor=anchor)
     if verb in ("init", "show"):
+        if loaded.card_path:
+            print(_card_in_words(roster.read_site_card(_read(Path(loaded.card_path)))), file=sys.stderr)
         return _shown(current, keys_path)
     if verb == "sign":
         signed = _read(Path(loaded.draft_path))
@@ -106,6 +108,7 @@ def main(argv: list[str]) -> str:
         if not loaded.draft_path:
             raise ConfigError("too few root keys are here to sign; give draft_path, and let others `sign` that file")
         Path(loaded.draft_path).write_bytes(signed)
+        print(f"Not everybody has signed yet:\n{_in_words(drafted)}", file=sys.stderr)
         return loaded.draft_path
     return _shown(roster.publish(hub_uri, signed, anchor=anchor), keys_path)
 
@@ -172,6 +175,13 @@ def _shown(roster: "Roster", keys_path: Path) -> str:
     strongbox.write_card(keys_path, roster.hub_card)
     print(_in_words(roster), file=sys.stderr)
     return roster.id
+
+
+def _card_in_words(card: "SiteCard") -> str:
+    from gretfound import signing
+
+    keys = [f"  {key.role:<10}{signing.spoken(key.key_id)}" for key in card.keys]
+    return "\n".join([f"The card of {card.site_id}: compare over the telephone before you admit it", *keys])
 
 
 def _in_words(shown: "Roster") -> str:
