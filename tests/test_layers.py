@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
-    {"gretfound.planning", "gretfound.pretraining"},
+    {"gretfound.planning", "gretfound.pretraining", "gretfound.generator_evaluation", "gretfound.roster"},
     {
         "gretfound.contribution",
         "gretfound.examination",
@@ -30,7 +30,7 @@ ROWS = [
     {"gretfound.duplicates"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder"},
     {"gretfound.storage"},
-    {"gretfound.deidentify", "gretfound.matching", "gretfound.phantom"},
+    {"gretfound.deidentify", "gretfound.matching", "gretfound.phantom", "gretfound.holdout"},
     {"gretfound.lineage", "gretfound.metadata", "gretfound.fundus", "gretfound.capacity", "gretfound.averaging"},
     {"gretfound.config", "gretfound.errors"},
 ]
