@@ -317,8 +317,17 @@ class Examiner:
         precision: str,
     ) -> None:
         self._hub_uri, self._device, self._precision, self._batch_size = hub_uri, device, precision, batch_size
-        self._wishing = {"num_images": num_images, "attributes": attributes, "num_seeds": num_seeds, "seed": seed}
-        self._drawing = {"num_steps": num_steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
+        self._wishing: dict[str, Any] = {
+            "num_images": num_images,
+            "attributes": attributes,
+            "num_seeds": num_seeds,
+            "seed": seed,
+        }
+        self._drawing: dict[str, Any] = {
+            "num_steps": num_steps,
+            "guidance_scale": guidance_scale,
+            "batch_size": batch_size,
+        }
         self._spaces = spaces_of(hub_uri, encoder_id, device=device)
         self._loaded: tuple[str, Any] = ("", None)
 

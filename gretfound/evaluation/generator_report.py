@@ -120,6 +120,8 @@ def write_report(
     """
     folder_path.mkdir(parents=True, exist_ok=True)
     (folder_path / JSON_NAME).write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    shown = [each.attribute for each in pictures.contrasts] + [each.attribute for each in pictures.sweeps]
+    attributes = {*shown, *content["conditions"]}
     text = page.render(
         TEMPLATE_NAME,
         content=content,
@@ -130,10 +132,7 @@ def write_report(
         figures=FIGURES,
         statistics=STATISTICS,
         reasons=REASONS,
-        attribute_names={
-            key: ATTRIBUTES.get(key, key.replace("_", " "))
-            for key in {each.attribute for each in (*pictures.contrasts, *pictures.sweeps)} | set(content["conditions"])
-        },
+        attribute_names={key: ATTRIBUTES.get(key, key.replace("_", " ")) for key in attributes},
         words_of=lambda key, text: text if text == NOT_STATED else appraisal.words_of(key, text),
         ranges=_ranges_svg,
         loss_curve=loss_curve,
@@ -160,11 +159,6 @@ def _ranges_svg(intervals: Mapping[str, Mapping[str, float]]) -> Markup:
         f'<line x1="{place(0.0):.1f}" y1="0" x2="{place(0.0):.1f}" y2="{height}" class="chance"/>',
     ]
     for index, (name, each) in enumerate(intervals.items()):
-        y, colour = 9 + RANGE_LINE * index, COLOURS[name]
-        parts.append(
-            f"<g><title>{NAMES[name]}: {each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})</title>"
-            f'<line x1="{place(each["low"]):.1f}" y1="{y}" x2="{place(each["high"]):.1f}" y2="{y}" '
-            f'stroke="{colour}" stroke-width="2.4"/>'
-            f'<circle cx="{place(each["value"]):.1f}" cy="{y}" r="4.2" fill="{colour}"/></g>'
-        )
+        y = 9 + RANGE_LINE * index
+        parts.append(page.range_svg(each, y=y, name=NAMES[name], colour=COLOURS[name], place=place))
     return Markup("".join([*parts, "</svg>"]))

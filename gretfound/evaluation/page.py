@@ -4,7 +4,7 @@ A page loads nothing from elsewhere: plots are SVG, photographs are embedded.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,16 @@ def signed(interval: Mapping[str, float]) -> Markup:
     kind = "up" if interval["low"] > 0 else "down" if interval["high"] < 0 else "even"
     return Markup('<span class="{}"><b>{:+.3f}</b> <span class="ci">{:+.3f} to {:+.3f}</span></span>').format(
         kind, interval["value"], interval["low"], interval["high"]
+    )
+
+
+def range_svg(interval: Mapping[str, float], *, y: int, name: str, colour: str, place: Callable[[float], float]) -> str:
+    """Returns a dot with its interval as a line, at the height ``y`` of an SVG; ``place`` gives a value's x."""
+    low, value, high = (place(interval[key]) for key in ("low", "value", "high"))
+    return (
+        f"<g><title>{name}: {interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})</title>"
+        f'<line x1="{low:.1f}" y1="{y}" x2="{high:.1f}" y2="{y}" stroke="{colour}" stroke-width="2.4"/>'
+        f'<circle cx="{value:.1f}" cy="{y}" r="4.2" fill="{colour}"/></g>'
     )
 
 

@@ -184,13 +184,8 @@ def _forest_svg(figures: Mapping[str, Mapping[str, float]]) -> Markup:
         f'<line x1="{chance:.1f}" y1="0" x2="{chance:.1f}" y2="46" class="chance"/>',
     ]
     for index, (name, figure) in enumerate(figures.items()):
-        y, colour = 9 + 14 * index, COLOURS[name]
-        low, value, high = (_forest_x(figure[key]) for key in ("low", "value", "high"))
-        parts.append(
-            f"<g><title>{NAMES[name]}: {figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})</title>"
-            f'<line x1="{low:.1f}" y1="{y}" x2="{high:.1f}" y2="{y}" stroke="{colour}" stroke-width="2.4"/>'
-            f'<circle cx="{value:.1f}" cy="{y}" r="4.2" fill="{colour}"/></g>'
-        )
+        y = 9 + 14 * index
+        parts.append(page.range_svg(figure, y=y, name=NAMES[name], colour=COLOURS[name], place=_forest_x))
     return Markup("".join([*parts, "</svg>"]))
 
 
