@@ -263,12 +263,11 @@ def wishes_of(
         drawn = matching.draw_cells(matching.fit_groups(summary, balance={}), num=num_images, seed=seed)
         return [_wish(cells, "evaluated", seed, row) for row, cells in enumerate(drawn)]
     usual: Cells = {}
-    for key, table in sorted(summary.counts.items()):
-        told = {text: count for text, count in table.items() if text != BLANK}
-        usual |= metadata.cells_of(key, max(sorted(told), key=told.__getitem__)) if told else {}
+    for key in sorted(summary.counts):
+        usual |= metadata.cells_of(key, next(iter(_commonest(summary, key)), BLANK))
     return [
         _wish(usual | metadata.cells_of(attribute, text), "swept", seed, number)
-        for attribute in appraisal.attributes_of(summary, attributes)
+        for attribute in appraisal.attributes_of(summary.counts, attributes)
         for number in range(num_seeds)
         for text in swept_values(summary, attribute)
     ]
@@ -280,8 +279,11 @@ def _wish(cells: Cells, *seeded_by: Any) -> Wish:
 
 def swept_values(summary: MetadataSummary, attribute: str) -> list[str]:
     """Returns the values of a column that a sweep shows: the commonest ones, in their own order."""
-    told = {text: count for text, count in summary.counts[attribute].items() if text != BLANK}
-    return sorted(sorted(told, key=told.__getitem__, reverse=True)[:MAX_SWEPT_VALUES])
+    return sorted(_commonest(summary, attribute)[:MAX_SWEPT_VALUES])
+
+
+def _commonest(summary: MetadataSummary, key: str) -> list[str]:
+    return sorted(appraisal.told_values(summary.counts, key), key=lambda text: -(summary.counts[key][text] or 0))
 
 
 class Examiner:
@@ -530,7 +532,7 @@ def publish(
             sides,
             spaces=[name for name in held_out.side.features if name != appraisal.VESSELS],
             trained_on=_trained_on(hub_uri, generator),
-            summary=summary,
+            tables=summary.counts,
             attributes=attributes,
             num_resamples=num_resamples,
             seed=seed,
@@ -553,7 +555,7 @@ def publish(
         "settings": dict(settings),
         "lineage": release.read_lineage(hub_uri, generator),
     }
-    attributes = appraisal.attributes_of(summary, attributes)
+    attributes = appraisal.attributes_of(summary.counts, attributes)
     pictures = Pictures(
         contrasts=tuple(
             contrast
@@ -668,8 +670,8 @@ def _contrasts(
     num_pictures: int,
 ) -> Iterator[Contrast]:
     """Yields the photographs of each value of a column: drawn ones, and held-out ones where they are at the hub."""
-    drawn = appraisal.conditions_of(kept.side, summary, attribute)
-    real = appraisal.conditions_of(held_out.side, summary, attribute) if held_out else ()
+    drawn = appraisal.conditions_of(kept.side, summary.counts, attribute)
+    real = appraisal.conditions_of(held_out.side, summary.counts, attribute) if held_out else ()
     for text in swept_values(summary, attribute):
         shown = [row for row, value in zip(kept.rows, drawn, strict=True) if value == text][:num_pictures]
         places = [place for place, value in zip(found.held_out, real, strict=True) if value == text][:num_pictures]

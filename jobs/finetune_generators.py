@@ -25,7 +25,7 @@ from gretfound.errors import ConfigError, GretfoundError, LineageError
 from jobs import console
 
 if TYPE_CHECKING:
-    from gretfound.roster import State
+    from gretfound.site_states import State
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def finetune_site(work: Work) -> "State":
 
     from gretfound import fit, storage
     from gretfound.lineage import Generator
-    from gretfound.roster import State
+    from gretfound.site_states import State
 
     began_s = time.monotonic()
     try:
@@ -228,8 +228,8 @@ def drive(
     import ray.exceptions
     from tqdm import tqdm
 
-    from gretfound import roster
-    from gretfound.roster import State
+    from gretfound import site_states
+    from gretfound.site_states import State
 
     states = {
         work.recipe_id: State(state="finished", generator_id=finished[work.recipe_id])
@@ -247,8 +247,8 @@ def drive(
                 work = waiting.pop(0)
                 running[remote.remote(work)] = work
                 states[work.recipe_id] = State(state="running")
-            roster.write(hub_uri, run_id, {recipe: (sites[recipe], state) for recipe, state in states.items()})
-            done, _ = ray.wait(list(running), timeout=roster.HEARTBEAT_S)
+            site_states.write(hub_uri, run_id, {recipe: (sites[recipe], state) for recipe, state in states.items()})
+            done, _ = ray.wait(list(running), timeout=site_states.HEARTBEAT_S)
             for reference in done:
                 work = running.pop(reference)
                 try:
@@ -257,7 +257,7 @@ def drive(
                     lost = str(error).splitlines()[0]
                     states[work.recipe_id] = State(state="failed", message=f"its driver was lost: {lost}")
                 bar.update()
-    roster.write(hub_uri, run_id, {recipe: (sites[recipe], state) for recipe, state in states.items()})
+    site_states.write(hub_uri, run_id, {recipe: (sites[recipe], state) for recipe, state in states.items()})
     return states
 
 
@@ -325,16 +325,16 @@ def show_status(argv: list[str]) -> str:
         LineageError: If the hub holds no run of this job.
     """
     config = load(StatusConfig, argv)
-    from gretfound import roster, storage
+    from gretfound import site_states, storage
 
     while True:
-        rosters = roster.read(storage.normalised(config.hub_uri), job="finetune_generators")
-        if not rosters:
+        tables = site_states.read(storage.normalised(config.hub_uri), job="finetune_generators")
+        if not tables:
             raise LineageError("this hub holds no run of jobs.finetune_generators; see that hub_uri is the hub's")
-        latest = rosters[-1]
+        latest = tables[-1]
         if not config.every_s or latest.is_over:
-            return roster.to_text(latest)
-        print(roster.to_text(latest), end="\n\n", flush=True)
+            return site_states.to_text(latest)
+        print(site_states.to_text(latest), end="\n\n", flush=True)
         time.sleep(config.every_s)
 
 

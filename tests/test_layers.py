@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
-    {"gretfound.planning", "gretfound.pretraining", "gretfound.generator_evaluation", "gretfound.roster"},
+    {"gretfound.planning", "gretfound.pretraining", "gretfound.generator_evaluation", "gretfound.site_states"},
     {
         "gretfound.contribution",
         "gretfound.examination",

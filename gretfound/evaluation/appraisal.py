@@ -17,8 +17,9 @@ from gretfound.evaluation import fidelity, protocol, vessels
 from gretfound.evaluation.distances import MIN_PHOTOGRAPHS, Bools, Features, Ints
 from gretfound.evaluation.fidelity import Group, Sample, Space, TrainedOn
 from gretfound.fundus import Photograph
-from gretfound.metadata import BLANK, Cells, MetadataSummary
+from gretfound.metadata import BLANK, Cells
 
+Tables = Mapping[str, Mapping[str, int | None]]  # of a site's released summary: counts of values by column
 SIDES = ("generated", "base", "trained_on")
 VESSELS = "vessels"
 VESSEL_SHARE = 0.9  # of a photograph's side: its field of view may be a little smaller than it
@@ -98,7 +99,7 @@ def appraise(
     *,
     spaces: Sequence[str],
     trained_on: TrainedOn,
-    summary: MetadataSummary,
+    tables: Tables,
     attributes: Sequence[str],
     num_resamples: int,
     seed: int,
@@ -110,8 +111,8 @@ def appraise(
         sides: By name of `SIDES`: ``generated``, and what its figures are to be read against, as far as there is any.
         spaces: Names of the spaces of features, the one that the verdict is about first.
         trained_on: As in `fidelity.require_held_out`.
-        summary: What the site released, whose values are the conditions.
-        attributes: Columns of the summary by whose values conditions are told apart.
+        tables: What the site released; its values are the conditions.
+        attributes: Columns of it by whose values conditions are told apart.
         num_resamples: Bootstrap resamples of the patients.
         seed: Of the resamples and of the probe.
 
@@ -136,14 +137,14 @@ def appraise(
             space: {
                 text: group_json(group)
                 for text, group in fidelity.compare_by_condition(
-                    held_out.sample(space, conditions_of(held_out, summary, attribute)),
-                    generated.sample(space, conditions_of(generated, summary, attribute)),
+                    held_out.sample(space, conditions_of(held_out, tables, attribute)),
+                    generated.sample(space, conditions_of(generated, tables, attribute)),
                     **options,
                 ).items()
             }
             for space in spaces
         }
-        for attribute in attributes_of(summary, attributes)
+        for attribute in attributes_of(tables, attributes)
     }
     gaps, missing = _vessels(held_out, sides, options)
     useful, skipped = _usefulness(held_out, sides, spaces, options)
@@ -164,22 +165,28 @@ def nothing(reason: str) -> dict[str, Any]:
     return {**{name: {} for name in names}, "skipped_tasks": [], "verdict": f"{reason[:1].upper()}{reason[1:]}."}
 
 
-def attributes_of(summary: MetadataSummary, attributes: Sequence[str]) -> list[str]:
-    """Returns those columns of which the site released two values or more, blanks not counted."""
-    return [key for key in attributes if len(set(summary.counts.get(key, {})) - {BLANK}) > 1]
+def told_values(tables: Tables, attribute: str) -> list[str]:
+    """Returns the values of a column that the site told a count of, blanks left out, in their own order."""
+    return sorted(text for text, count in tables.get(attribute, {}).items() if text != BLANK and count)
 
 
-def conditions_of(side: Side, summary: MetadataSummary, attribute: str) -> tuple[str | None, ...]:
-    """Returns each photograph's value of a column as the site released it, None where it is blank or not released."""
-    return tuple(value_of(summary, cells, attribute) for cells in side.cells)
+def attributes_of(tables: Tables, attributes: Sequence[str]) -> list[str]:
+    """Returns those columns of which the site told two values or more."""
+    return [key for key in attributes if len(told_values(tables, key)) > 1]
 
 
-def value_of(summary: MetadataSummary, cells: Cells, attribute: str) -> str | None:
-    """Returns the released value of one photograph's cells in a column of the summary."""
-    key = "age" if attribute == "age_band" else attribute
-    found = metadata.released_cells(summary, cells).get(key)
-    for text in summary.counts.get(attribute, {}):
-        if found is not None and metadata.cells_of(attribute, text).get(key) == found:
+def conditions_of(side: Side, tables: Tables, attribute: str) -> tuple[str | None, ...]:
+    """Returns each photograph's value of a column as the site told it, None where it is blank or was not told."""
+    return tuple(value_of(tables, cells, attribute) for cells in side.cells)
+
+
+def value_of(tables: Tables, cells: Cells, attribute: str) -> str | None:
+    """Returns the told value of a column that one photograph's cells have; an age, real or drawn, has its band's."""
+    if attribute == "age_band":
+        found = cells.get("age") is not None and metadata.age_band(float(cells["age"]))
+        return next((text for text in told_values(tables, attribute) if text == found), None)
+    for text in told_values(tables, attribute):
+        if metadata.cells_of(attribute, text).get(attribute) == cells.get(attribute):
             return text
     return None
 

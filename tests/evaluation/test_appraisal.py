@@ -11,17 +11,18 @@ from gretfound.errors import LineageError
 from gretfound.evaluation import appraisal, vessels
 from gretfound.evaluation.appraisal import Side
 
-CELLS = [
-    {"dr": row % 2 * 2, "dr_present": row % 2 == 1, "age": 30.0 + row % 40, "sex": "female", "patient": f"p{row}"}
-    for row in range(120)
-]
-SUMMARY = metadata.summarise(CELLS, min_patients=5)
-OPTIONS = {"spaces": ["plain"], "summary": SUMMARY, "attributes": ["dr", "glaucoma", "sex"], "num_resamples": 100}
+CELLS = [{"dr": row % 2 * 2, "dr_present": row % 2 == 1, "age": 30.0 + row % 40, "sex": "female"} for row in range(120)]
+TABLES = {
+    "dr": {"0": 60, "2": 60, "4": None},
+    "sex": {"female": 120},
+    "age_band": {"30-34": 15, "40-44": 15, "45-49": 15},
+}
+OPTIONS = {"spaces": ["plain"], "tables": TABLES, "attributes": ["dr", "glaucoma", "sex"], "num_resamples": 100}
 
 
 def side(name: str, *, num: int = 60, mean: float = 0.0, seed: int = 0, follows_grade: bool = True) -> Side:
     random = np.random.default_rng(seed)
-    cells = tuple({key: value for key, value in CELLS[row].items() if key != "patient"} for row in range(num))
+    cells = tuple(CELLS[:num])
     told = np.array([each["dr"] for each in cells]) if follows_grade else random.permutation(num) % 2 * 2
     plain = random.normal(mean, 1.0, (num, 5))
     plain[:, 0] += told
@@ -94,9 +95,10 @@ def test_appraise__refuses_a_reference_of_the_training() -> None:
 
 def test_value_of__a_real_age_and_a_drawn_one_are_of_one_band() -> None:
     (drawn,) = [metadata.cells_of("age_band", "40-44")]
-    assert {appraisal.value_of(SUMMARY, cells, "age_band") for cells in (drawn, {"age": 44.0})} == {"40-44"}
-    assert appraisal.value_of(SUMMARY, {"age": 99.0}, "age_band") is None
-    assert appraisal.value_of(SUMMARY, {}, "dr") is None
+    assert {appraisal.value_of(TABLES, cells, "age_band") for cells in (drawn, {"age": 44.0})} == {"40-44"}
+    assert appraisal.value_of(TABLES, {"age": 99.0}, "age_band") is None
+    assert appraisal.value_of(TABLES, {}, "dr") is None
+    assert appraisal.value_of(TABLES, {"dr": 4}, "dr") is None, "its count is not told"
 
 
 def test_words_of__speaks_as_captions_do() -> None:

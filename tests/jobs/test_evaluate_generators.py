@@ -9,9 +9,8 @@ from gretfound import holdout, phantom, shard, storage
 from gretfound.config import load
 from gretfound.errors import ConfigError, LineageError
 from gretfound.lineage import Contribution, Generator, Report, ShardSet
-from gretfound.metadata import summarise, to_bytes
 from jobs import evaluate_generators
-from tests.tiny_generator import RESOLUTION_PX, cells_of, publish_base, publish_site, write_base
+from tests.tiny_generator import RESOLUTION_PX, publish_base, publish_site, write_base
 
 SMALL = [
     "num_images=24",
@@ -106,14 +105,8 @@ def test_evaluate_generators__without_photographs_at_the_hub_shows_and_says_so(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     hub_uri = storage.normalised(str(tmp_path / "hub"))
-    base = publish_base(hub_uri, write_base(tmp_path / "base"))
-    summary = summarise([cells_of(seed) for seed in range(40)], min_patients=2)
-    storage.write_bytes(str(tmp_path / "site" / "summary" / "metadata_summary.json"), to_bytes(summary))
-    contribution = storage.publish_folder(
-        hub_uri,
-        tmp_path / "site",
-        Contribution(site_id="aster", form="weights", package_sha256="0" * 64, num_images=40),
-    )
+    base, contribution, shard_set = published_site(hub_uri, tmp_path)
+    storage.local_path(storage.join(storage.record_uri(hub_uri, shard_set), "record.json")).unlink()  # it never left
     publish_generator(hub_uri, tmp_path / "tuned", base, contribution)
     content, page = content_of(hub_uri, evaluate_generators.main([f"hub_uri={hub_uri}", *SMALL, "num_images=4"]))
     assert content["figures"] == {} and content["held_out"]["num_images"] == 0

@@ -1,11 +1,11 @@
-"""Roster: the table of sites and states as it is read from object storage, during a run and after a crash."""
+"""Site states: the table of sites and states as it is read from object storage, during a run and after a crash."""
 
 import time
 from pathlib import Path
 
-from gretfound import roster, storage
+from gretfound import site_states, storage
 from gretfound.lineage import Generator
-from gretfound.roster import State
+from gretfound.site_states import State
 
 RUN = "finetune_generators-00"
 STATES = {
@@ -18,8 +18,8 @@ STATES = {
 
 def hub_of(tmp_path: Path, *, silent_s: float) -> str:
     hub_uri = storage.normalised(str(tmp_path))
-    roster.write(hub_uri, RUN, STATES)
-    uri = storage.join(storage.run_uri(hub_uri, RUN), roster.FILE_NAME)
+    site_states.write(hub_uri, RUN, STATES)
+    uri = storage.join(storage.run_uri(hub_uri, RUN), site_states.FILE_NAME)
     storage.write_json(uri, storage.read_json(uri) | {"told_at_s": time.time() - silent_s})
     progress = {"images_seen": 480, "num_images": 2400, "loss": 0.25, "images_per_s": 12.5, "learning_rate": 0.1}
     storage.write_json(storage.join(hub_uri, "runs", "finetune_generator-a", "progress.json"), progress)
@@ -32,7 +32,7 @@ def hub_of(tmp_path: Path, *, silent_s: float) -> str:
 
 
 def test_read__follows_each_site_while_the_driver_lives(tmp_path: Path) -> None:
-    (found,) = roster.read(hub_of(tmp_path, silent_s=5.0), job="finetune_generators")
+    (found,) = site_states.read(hub_of(tmp_path, silent_s=5.0), job="finetune_generators")
     aster, birch, cedar, dune = found.lines
     assert (aster.state, aster.images_seen, aster.num_images, aster.loss) == ("running", 480, 2400, 0.25)
     assert (birch.state, birch.loss) == ("waiting", None)
@@ -42,24 +42,24 @@ def test_read__follows_each_site_while_the_driver_lives(tmp_path: Path) -> None:
 
 
 def test_read__after_a_crash_what_ran_is_interrupted_and_what_finished_is_finished(tmp_path: Path) -> None:
-    (found,) = roster.read(hub_of(tmp_path, silent_s=600.0), job="finetune_generators")
+    (found,) = site_states.read(hub_of(tmp_path, silent_s=600.0), job="finetune_generators")
     assert [line.state for line in found.lines] == ["interrupted", "waiting", "failed", "finished"]
     assert not found.is_driven
-    assert "no driver for 10 min: run the same command again" in roster.to_text(found)
+    assert "no driver for 10 min: run the same command again" in site_states.to_text(found)
 
 
 def test_read__knows_other_jobs_runs_apart_and_gives_the_latest_last(tmp_path: Path) -> None:
     hub_uri = hub_of(tmp_path, silent_s=600.0)
-    roster.write(hub_uri, "finetune_generators-11", {"finetune_generator-d": ("dune", State(state="waiting"))})
-    roster.write(hub_uri, "other_job-22", {})
-    found = roster.read(hub_uri, job="finetune_generators")
+    site_states.write(hub_uri, "finetune_generators-11", {"finetune_generator-d": ("dune", State(state="waiting"))})
+    site_states.write(hub_uri, "other_job-22", {})
+    found = site_states.read(hub_uri, job="finetune_generators")
     assert [each.run_id for each in found] == [RUN, "finetune_generators-11"]
     assert found[-1].is_over, "its one site is finished, whatever its driver wrote"
 
 
 def test_to_text__is_a_line_a_site_with_the_counts_above(tmp_path: Path) -> None:
-    (found,) = roster.read(hub_of(tmp_path, silent_s=5.0), job="finetune_generators")
-    lines = roster.to_text(found).splitlines()
+    (found,) = site_states.read(hub_of(tmp_path, silent_s=5.0), job="finetune_generators")
+    lines = site_states.to_text(found).splitlines()
     assert lines[0].startswith(f"{RUN}: 1 waiting, 1 running, 1 finished, 1 failed; driver seen ")
     assert len(lines) == 3 + 4
     assert lines[3].split() == ["aster", "running", "480", "of", "2,400", "0.2500", "12.5"]

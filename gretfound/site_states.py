@@ -1,4 +1,4 @@
-"""Roster: the sites of a run over many, and how far each one is, readable from object storage by anyone at any time.
+"""Site states: how far each site of a run over many is, readable from object storage at any time.
 
 The run's driver writes HUB/runs/RUN/states.json whenever a site's state changes, and every `HEARTBEAT_S` as a sign of
 life. What a site's own run has written since is read beside it: its record, or the progress of its training. So the
@@ -62,7 +62,7 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Roster:
+class Table:
     """All sites of one run; ``silent_s`` seconds have passed since its driver's last sign of life."""
 
     run_id: str
@@ -95,9 +95,9 @@ def write(hub_uri: str, run_id: str, states: Mapping[str, tuple[str, State]]) ->
     storage.write_json(uri, {"told_at_s": time.time(), "sites": sites})
 
 
-def read(hub_uri: str, *, job: str) -> list[Roster]:
-    """Reads the rosters of all runs of a job, the one with the latest sign of life last."""
-    found: list[tuple[float, Roster]] = []
+def read(hub_uri: str, *, job: str) -> list[Table]:
+    """Reads the tables of all runs of a job, the one with the latest sign of life last."""
+    found: list[tuple[float, Table]] = []
     for run_id in storage.list_names(storage.join(hub_uri, "runs")):
         uri = storage.join(storage.run_uri(hub_uri, run_id), FILE_NAME)
         if run_id.rpartition("-")[0] == job and storage.exists(uri):
@@ -105,8 +105,8 @@ def read(hub_uri: str, *, job: str) -> list[Roster]:
             silent_s = max(0.0, time.time() - content["told_at_s"])
             with ThreadPoolExecutor(_READERS) as readers:
                 lines = tuple(readers.map(partial(_line, hub_uri, silent_s), content["sites"]))
-            found.append((content["told_at_s"], Roster(run_id=run_id, silent_s=silent_s, lines=lines)))
-    return [roster for _, roster in sorted(found, key=lambda each: (each[0], each[1].run_id))]
+            found.append((content["told_at_s"], Table(run_id=run_id, silent_s=silent_s, lines=lines)))
+    return [table for _, table in sorted(found, key=lambda each: (each[0], each[1].run_id))]
 
 
 def _line(hub_uri: str, silent_s: float, site: Mapping[str, Any]) -> Line:
@@ -143,15 +143,15 @@ def _line(hub_uri: str, silent_s: float, site: Mapping[str, Any]) -> Line:
     return line
 
 
-def to_text(roster: Roster) -> str:
+def to_text(table: Table) -> str:
     """Returns the table, a line a site, with the counts above it."""
-    counts = {state: sum(line.state == state for line in roster.lines) for state in STATES}
+    counts = {state: sum(line.state == state for line in table.lines) for state in STATES}
     told = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
-    head = f"{roster.run_id}: {told or 'no site'}"
-    if not roster.is_over:
-        age = _duration(roster.silent_s)
-        head += f"; driver seen {age} ago" if roster.is_driven else f"; no driver for {age}: run the same command again"
-    rows = [("site", "state", "photographs seen", "loss", "a second", "time", ""), *map(_row, roster.lines)]
+    head = f"{table.run_id}: {told or 'no site'}"
+    if not table.is_over:
+        age = _duration(table.silent_s)
+        head += f"; driver seen {age} ago" if table.is_driven else f"; no driver for {age}: run the same command again"
+    rows = [("site", "state", "photographs seen", "loss", "a second", "time", ""), *map(_row, table.lines)]
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return "\n".join([head, "", *(_aligned(row, widths) for row in rows)])
 
