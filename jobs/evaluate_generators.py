@@ -38,7 +38,7 @@ class Config:
     encoder_id: str = setting("", "encoder whose features are the second space; empty: thumbnails")
     is_screened: bool = setting(True, "leave out of the figures what inspection rejects, as synthesis does; counted")
     num_seeds: int = setting(2, "seeds of each sweep over an attribute")
-    num_pictures: int = setting(6, "photographs shown of each condition, drawn and real")
+    num_pictures: int = setting(4, "photographs shown of each condition, drawn and real; four stand in a row")
     num_bootstraps: int = setting(200, "resamples of the patients, for 95% intervals")
     seed: int = setting(0, "decides captions, first latents and resamples")
     num_steps: int = setting(20, "steps of DPM-Solver++")

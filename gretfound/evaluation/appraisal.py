@@ -222,7 +222,9 @@ def verdict(figures: Mapping[str, Mapping[str, Any]]) -> str:
         told = "its photographs are clearly further from the site's than those of the base that it started from"
     else:
         told = "its photographs cannot be told from those of the base in how close they are to the site's"
-    return f"{count}{told}: KID {generated['value']:.3f}, base {base['value']:.3f}."
+    real = figures.get("trained_on", {}).get("figures", {}).get("kid")
+    best = f", real photographs of its training {real['value']:.3f}" if real else ""
+    return f"{count}{told}: KID {generated['value']:.3f}, base {base['value']:.3f}{best} (0 is best)."
 
 
 def _vessels(
