@@ -9,6 +9,7 @@ those that are there are not made again. Of real photographs such a file holds f
 import io
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import ray.exceptions
 
 from gretfound import (
     duplicates,
@@ -36,6 +38,7 @@ from gretfound import (
     synthesis,
     tracking,
 )
+from gretfound.errors import GretfoundError, StorageError
 from gretfound.evaluation import appraisal, features, generator_report
 from gretfound.evaluation.appraisal import Side
 from gretfound.evaluation.fidelity import Space
@@ -85,7 +88,7 @@ class Plan:
         missing: Why there are no held-out real photographs; empty where there are.
         held_out: Those that it is measured against.
         trained_on: Those that it was trained on, as many as are looked at.
-        num_held_out: All that were held out, and of how many patients.
+        num_held_out: All that were held out.
         num_trained_on: All that it was trained on.
         num_near_duplicates: Held-out ones that are left out, since a photograph of the training is nearly the same.
     """
@@ -165,10 +168,12 @@ def plan(hub_uri: str, generator: Generator, shard_set: ShardSet | None, *, run_
     near = np.flatnonzero(is_held_out_N)[np.unique(again)]
     is_reference_N = is_held_out_N.copy()
     is_reference_N[near] = False
+    missing = "" if is_reference_N.any() else "not measurable: every held-out photograph is nearly one of the training"
     return Plan(
         generator=generator,
         run_uri=run_uri,
         contribution=contribution,
+        missing=missing,
         held_out=_chosen(places, is_reference_N, max_real),
         trained_on=_chosen(places, ~is_held_out_N, max_real),
         num_held_out=int(is_held_out_N.sum()),
@@ -519,14 +524,17 @@ def publish(
     drawn = examined["generated"]
     assert drawn is not None  # at least one photograph is drawn
     reasons = _inspect(drawn)
-    is_kept_N = np.array([not (reason and is_screened) for reason in reasons])
-    kept = drawn.where(is_kept_N)
+    kept = drawn.where(np.array([not (reason and is_screened) for reason in reasons]))
     held_out, trained_on, base = examined["held_out"], examined["trained_on"], examined["base"]
-    missing = found.missing or ("" if is_kept_N.any() else "not measurable: inspection rejected every drawn photograph")
+    if base is not None and is_screened:
+        base = base.where(np.array([not reason for reason in _inspect(base)]))
+    missing = found.missing or ("" if kept.rows else "not measurable: inspection rejected every drawn photograph")
     measured: dict[str, Any] = appraisal.nothing(missing)
     num_copies = None
     if held_out is not None and trained_on is not None and not missing:
-        sides = {"generated": kept.side, "trained_on": trained_on.side} | ({"base": base.side} if base else {})
+        sides = {"generated": kept.side, "trained_on": trained_on.side} | (
+            {"base": base.side} if base and base.rows else {}
+        )
         measured = appraisal.appraise(
             held_out.side,
             sides,
@@ -583,20 +591,35 @@ def publish(
 def publish_all(
     hub_uri: str, found: Mapping[str, Plan], parts: Mapping[str, Sequence[Part]], **settings: Any
 ) -> dict[str, Report]:
-    """Publishes every generator's report, each in a Ray task of one CPU.
+    """Publishes every generator's report, each in a Ray task of one CPU; one that fails leaves the others alone.
 
     Args:
         hub_uri: The hub.
         found: What is measured, by recipe id.
         parts: The finished parts, by recipe id.
         settings: The other arguments of `publish`.
+
+    Raises:
+        GretfoundError: Naming the sites that failed, once the others' reports are written.
     """
     remote = ray.remote(num_cpus=1)(publish)
     pending = {
         recipe_id: remote.remote(hub_uri, each, parts[recipe_id], recipe_id=recipe_id, **settings)
         for recipe_id, each in found.items()
     }
-    return dict(zip(pending, ray.get(list(pending.values())), strict=True))
+    reports: dict[str, Report] = {}
+    failed: dict[str, str] = {}
+    for recipe_id, reference in pending.items():
+        try:
+            reports[recipe_id] = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            failed[found[recipe_id].generator.site_id] = str(error).strip().splitlines()[-1]
+    if failed:
+        told = "\n".join(f"  - {site_id}: {message}" for site_id, message in failed.items())
+        raise GretfoundError(
+            f"{len(failed)} of {len(pending)} generators could not be measured; the others' reports are written:\n{told}"
+        )
+    return reports
 
 
 def plan_all(
@@ -621,12 +644,16 @@ def read_losses(hub_uri: str, found: Plan) -> list[tuple[int, float]]:
     """Returns images seen and loss over a generator's fine-tuning, at the hub or, as its package tells, at the site."""
     if found.generator.recipe_id:
         lines = tracking.read_metrics(storage.run_uri(hub_uri, found.generator.recipe_id))
-    elif TRAINING_METRICS in {file.path for file in found.contribution.files}:
-        uri = storage.join(storage.record_uri(hub_uri, found.contribution), TRAINING_METRICS)
-        lines = [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
-    else:
-        lines = []
-    return [(line["images_seen"], line["loss"]) for line in lines if "loss" in line]
+        return [(line["images_seen"], line["loss"]) for line in lines if "loss" in line]
+    if TRAINING_METRICS not in {file.path for file in found.contribution.files}:
+        return []
+    uri = storage.join(storage.record_uri(hub_uri, found.contribution), TRAINING_METRICS)
+    try:
+        content = [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
+        losses = [(int(line["images_seen"]), float(line["loss"])) for line in content]
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(f"{uri} is not lines of images_seen and loss, as a site's package has them") from error
+    return [(images_seen, loss) for images_seen, loss in losses if math.isfinite(loss)]
 
 
 def _trained_on(hub_uri: str, generator: Generator) -> Callable[[str], bool]:

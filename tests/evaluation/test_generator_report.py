@@ -66,7 +66,8 @@ def test_write_report__is_whole_and_explains_every_figure(tmp_path: Path) -> Non
     kid = measured["figures"]["scattering"]["generated"]["figures"]["kid"]
     assert f"{kid['low']:.3f} to {kid['high']:.3f}" in text
     assert "blurred 7 hardly any fine detail" in text
-    assert "60 of 70" not in text and "10 of 70 drawn photographs" in text
+    assert "60 of 70 drawn photographs passed inspection" in text
+    assert "10 of 70 drawn photographs would become no part of a corpus. These figures leave them out" in text
     assert "de-identified photographs of patients" in text
     assert json.loads((tmp_path / "report.json").read_text())["held_out"]["num_near_duplicates"] == 2
 
