@@ -617,7 +617,7 @@ def publish_all(
     if failed:
         told = "\n".join(f"  - {site_id}: {message}" for site_id, message in failed.items())
         raise GretfoundError(
-            f"{len(failed)} of {len(pending)} generators could not be measured; the others' reports are written:\n{told}"
+            f"{len(failed)} of {len(pending)} generators were not measured; the others' reports are written:\n{told}"
         )
     return reports
 
