@@ -241,13 +241,18 @@ def drive(
     waiting = [work for work in works if work.recipe_id not in finished]
     running: dict[Any, Work] = {}
     remote = ray.remote(num_cpus=0, max_retries=0)(finetune_site)
+
+    def tell() -> None:
+        told = {recipe: (sites[recipe], state) for recipe, state in states.items()}
+        site_states.write(hub_uri, run_id, told)
+
     with tqdm(total=len(works), initial=len(finished), desc="fine-tuning", unit="site") as bar:
         while waiting or running:
             while waiting and len(running) < window:
                 work = waiting.pop(0)
                 running[remote.remote(work)] = work
                 states[work.recipe_id] = State(state="running")
-            site_states.write(hub_uri, run_id, {recipe: (sites[recipe], state) for recipe, state in states.items()})
+            tell()
             done, _ = ray.wait(list(running), timeout=site_states.HEARTBEAT_S)
             for reference in done:
                 work = running.pop(reference)
@@ -257,7 +262,7 @@ def drive(
                     lost = str(error).splitlines()[0]
                     states[work.recipe_id] = State(state="failed", message=f"its driver was lost: {lost}")
                 bar.update()
-    site_states.write(hub_uri, run_id, {recipe: (sites[recipe], state) for recipe, state in states.items()})
+    tell()
     return states
 
 
