@@ -144,7 +144,7 @@ def _line(hub_uri: str, silent_s: float, site: Mapping[str, Any]) -> Line:
 
 
 def to_text(table: Table) -> str:
-    """Returns the table, a line a site, with the counts above it."""
+    """Returns the table, a line a site, with the counts above it and reasons that are too long for a line below it."""
     counts = {state: sum(line.state == state for line in table.lines) for state in STATES}
     told = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
     head = f"{table.run_id}: {told or 'no site'}"
@@ -153,7 +153,8 @@ def to_text(table: Table) -> str:
         head += f"; driver seen {age} ago" if table.is_driven else f"; no driver for {age}: run the same command again"
     rows = [("site", "state", "photographs seen", "loss", "a second", "time", ""), *map(_row, table.lines)]
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return "\n".join([head, "", *(_aligned(row, widths) for row in rows)])
+    long = [f"\n{line.site_id}: {line.message}" for line in table.lines if len(line.message) > _MESSAGE_LETTERS]
+    return "\n".join([head, "", *(_aligned(row, widths) for row in rows), *long])
 
 
 def _row(line: Line) -> tuple[str, ...]:

@@ -64,3 +64,12 @@ def test_to_text__is_a_line_a_site_with_the_counts_above(tmp_path: Path) -> None
     assert len(lines) == 3 + 4
     assert lines[3].split() == ["aster", "running", "480", "of", "2,400", "0.2500", "12.5"]
     assert lines[5].split()[:4] == ["cedar", "failed", "3", "min"] and lines[5].endswith("diverged more")
+
+
+def test_to_text__gives_a_long_reason_in_full_below(tmp_path: Path) -> None:
+    hub_uri = storage.normalised(str(tmp_path))
+    reason = f"StorageError: {'x' * 100} restore the object"
+    site_states.write(hub_uri, RUN, {"finetune_generator-c": ("cedar", State(state="failed", message=reason))})
+    (found,) = site_states.read(hub_uri, job="finetune_generators")
+    row, below = site_states.to_text(found).splitlines()[3], site_states.to_text(found).splitlines()[-1]
+    assert row.endswith("x...") and below == f"cedar: {reason}"
