@@ -5,6 +5,7 @@ the same photographs: the base that it was fine-tuned from, which is what no lea
 it was trained on, taken as if they had been drawn, which is what no generator is expected to beat.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from itertools import compress
@@ -237,7 +238,7 @@ def _vessels(
         if min(counts) < MIN_PHOTOGRAPHS:
             missing[name] = (
                 f"found vessels in {counts[0]:,} held-out and {counts[1]:,} of these photographs; required "
-                f"{MIN_PHOTOGRAPHS} of each, {vessels.MIN_SIZE_PX / VESSEL_SHARE:.0f} px wide or more"
+                f"{MIN_PHOTOGRAPHS} of each, {math.ceil(vessels.MIN_SIZE_PX / VESSEL_SHARE)} px wide or more"
             )
             continue
         found = vessels.compare(held_out.sample(VESSELS), side.sample(VESSELS), **options)
