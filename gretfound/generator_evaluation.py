@@ -375,7 +375,7 @@ class Examiner:
                     "image_id": row["image_id"],
                     "patient": row["patient"] or "",
                     "cells": json.dumps(cells),
-                    "caption": metadata.caption(cells),
+                    "caption": "",
                 },
             )
 
