@@ -16,6 +16,7 @@ import numpy.typing as npt
 import ray
 import ray.data
 import torch
+from diffusers import StableDiffusionPipeline
 
 from gretfound import fundus, inspection, lineage, matching, metadata, shard, storage
 from gretfound.errors import LineageError
@@ -87,17 +88,34 @@ def contribution_of(hub_uri: str, generator: Generator) -> Contribution:
     return contributions[0]
 
 
+def generators_of(hub_uri: str, generator_ids: Sequence[str]) -> list[Generator]:
+    """Returns the generators of these ids or, without ids, those of all sites.
+
+    Raises:
+        LineageError: If there is none.
+    """
+    if generator_ids:
+        return [storage.read_record(hub_uri, generator_id, Generator) for generator_id in generator_ids]
+    found = [record for record in storage.read_records(hub_uri, Generator) if record.site_id]
+    if not found:
+        raise LineageError(
+            "the hub holds no site's generator; run jobs.finetune_generators, or jobs.intake for weights"
+        )
+    return found
+
+
 def make_wishes(groups: Sequence[matching.Group], part: Part, *, seed: int) -> list[Wish]:
     """Draws the captions and seeds of a part from what `matching` makes of the site's released summary."""
     key = [seed, part.generator_id, part.index]
-    rows = matching.draw_cells(groups, num=part.num_images, seed=_seed_from(["cells", *key]))
+    rows = matching.draw_cells(groups, num=part.num_images, seed=seed_from(["cells", *key]))
     return [
-        Wish(caption=metadata.caption(cells), cells=cells, seed=_seed_from(["image", *key, row]))
+        Wish(caption=metadata.caption(cells), cells=cells, seed=seed_from(["image", *key, row]))
         for row, cells in enumerate(rows)
     ]
 
 
-def _seed_from(content: list[Any]) -> int:
+def seed_from(content: list[Any]) -> int:
+    """Returns a seed that content decides, the same on every machine."""
     return int(lineage.digest_of(content)[:SEED_HEX_DIGITS], 16)
 
 
@@ -138,7 +156,7 @@ class Painter:
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,
         }
-        self._device, self._dtype = device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+        self._device, self._precision = device, precision
         self._loaded: tuple[str, Any] = ("", None)
 
     def __call__(self, parts: dict[str, npt.NDArray[Any]]) -> dict[str, list[Any]]:
@@ -188,11 +206,18 @@ class Painter:
 
     def _pipeline(self, generator_id: str) -> Any:
         if self._loaded[0] != generator_id:
-            record = storage.read_record(self._hub_uri, generator_id, Generator)
-            with storage.scratch_folder() as folder:
-                path = storage.fetch_folder(self._hub_uri, record, Path(folder))
-                self._loaded = (generator_id, load_pipeline(path, device=self._device, dtype=self._dtype))
+            loaded = load_generator(self._hub_uri, generator_id, device=self._device, precision=self._precision)
+            self._loaded = (generator_id, loaded)
         return self._loaded[1]
+
+
+def load_generator(hub_uri: str, generator_id: str, *, device: str, precision: str) -> StableDiffusionPipeline:
+    """Loads a generator of the hub; ``precision`` is ``float32`` or ``bfloat16``."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    record = storage.read_record(hub_uri, generator_id, Generator)
+    with storage.scratch_folder() as folder:
+        path = storage.fetch_folder(hub_uri, record, Path(folder))
+        return load_pipeline(path, device=device, dtype=dtype)
 
 
 def read_summary(hub_uri: str, contribution_id: str) -> metadata.MetadataSummary:
@@ -222,19 +247,51 @@ def paint(
     """
     missing = [part for part in parts if not storage.exists(part.receipt_uri)]
     on_progress(sum(part.num_images for part in parts) - sum(part.num_images for part in missing))
-    if not missing:
+    work_off(
+        [asdict(part) for part in missing],
+        Painter,
+        painter,
+        num_actors=num_actors,
+        cpus_per_actor=cpus_per_actor,
+        gpus_per_actor=gpus_per_actor,
+        on_progress=on_progress,
+    )
+
+
+def work_off(
+    parts: list[dict[str, Any]],
+    worker: type,
+    settings: Mapping[str, Any],
+    *,
+    num_actors: int,
+    cpus_per_actor: float,
+    gpus_per_actor: float,
+    on_progress: Callable[[int], object],
+) -> None:
+    """Gives parts, one at a time, to a pool of actors on the cluster.
+
+    Args:
+        parts: A row each.
+        worker: The actor; called with a batch of one row, it returns ``num_images`` of it.
+        settings: The arguments that an actor is made with.
+        num_actors: Actors at most.
+        cpus_per_actor: CPUs that each one reserves.
+        gpus_per_actor: GPUs that each one reserves.
+        on_progress: Told the number of photographs of each finished part.
+    """
+    if not parts:
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    drawn = ray.data.from_items([asdict(part) for part in missing], override_num_blocks=len(missing)).map_batches(
-        Painter,
-        fn_constructor_kwargs=painter,
+    done = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        worker,
+        fn_constructor_kwargs=dict(settings),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(missing)), max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(parts)), max_tasks_in_flight_per_actor=2),
         num_cpus=cpus_per_actor,
         num_gpus=gpus_per_actor,
     )
-    for row in drawn.iter_rows():
+    for row in done.iter_rows():
         on_progress(int(row["num_images"]))
 
 

@@ -42,6 +42,9 @@ class Config:
     finetune: str = setting("conf/generator/finetune_demo.yaml", "layer of jobs.finetune_generators")
     synthesize: str = setting("conf/generator/synthesize_demo.yaml", "layer of jobs.synthesize")
     pretrain: str = setting("conf/pretrain/demo.yaml", "layer of jobs.pretrain_encoder")
+    evaluate_generators: str = setting(
+        "", "layer of jobs.evaluate_generators, as conf/generator/evaluate_demo.yaml; empty: generators aren't measured"
+    )
     site_images_seen: int = setting(2400, "photographs that a site's own fine-tuning sees, repeats counted")
     site_num_drawn: int = setting(160, "photographs that a site of the form synthetic draws")
     site_learning_rate: float = setting(2e-3, "learning rate of a site's own fine-tuning")
@@ -198,6 +201,7 @@ def main(argv: list[str]) -> str:
         assemble_corpus,
         build_base,
         evaluate_encoder,
+        evaluate_generators,
         finetune_generators,
         intake,
         pretrain_encoder,
@@ -235,6 +239,10 @@ def main(argv: list[str]) -> str:
         row["record_id"] = synthesize.main([config.synthesize, hub])
         drawn = [storage.read_record(hub_uri, each, ShardSet) for each in row["record_id"].split(",")]
         row["items"] = sum(each.num_images for each in drawn)
+    if config.evaluate_generators:
+        with journal.stage("evaluate generators") as row:
+            row["record_id"] = evaluate_generators.main([config.evaluate_generators, hub])
+            row["items"] = len(row["record_id"].split(","))
     with journal.stage("assemble corpus") as row:
         corpus_id = row["record_id"] = assemble_corpus.main([hub, f"evaluation_uris=[{evaluation_path}]"])
         row["items"] = len(list(storage.read_records(hub_uri, ShardSet)))

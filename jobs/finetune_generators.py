@@ -2,21 +2,30 @@
 
     python -m jobs.finetune_generators conf/generator/finetune_demo.yaml hub_uri=runs/demo/hub base_id=generator-1f0c
 
+    python -m jobs.finetune_generators --status hub_uri=runs/demo/hub every_s=5
+
 Every contribution of the form `images` gets one Ray Train run; a bounded number of runs is under way at a time, and one
-that fails leaves the others alone. HUB/runs/RECIPE/states.json tells how far each site is. A run that was cut short
-goes on from its last checkpoint when the same command is run again. The last line is the generator's id; with several
-sites, their generators' ids joined by commas. It fails at the end if any site's run failed.
+that fails leaves the others alone. A run that was cut short goes on from its last checkpoint when the same command is
+run again. Some patients' photographs are held out, so that jobs.evaluate_generators can measure a generator against
+them. The last line is the generator's id; with several sites, their generators' ids joined by commas. It fails at the
+end if any site's run failed.
+
+--status prints the table of sites and states of the latest run, from any machine that reads the hub, and needs no
+cluster; its keys are hub_uri and every_s (seconds between tables until all sites have ended; 0: one table).
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError, GretfoundError, LineageError
 from jobs import console
+
+if TYPE_CHECKING:
+    from gretfound.site_states import State
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,9 @@ class Config:
     hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
     base_id: str = setting(help="record id of the base generator (jobs.build_base)")
     site_ids: list[str] = setting([], "the sites to fine-tune for; empty: all that sent photographs")
+    held_out_share: float = setting(
+        0.1, "share of a site's photographs, by patient, that is not trained on; none is held out if it is under 20"
+    )
     max_concurrent: int = setting(8, "runs under way at a time, at most; fewer where the cluster holds fewer")
     project: str = setting("gretfound", "the W&B project")
     tuning: TuningConfig = setting(TuningConfig())
@@ -80,6 +92,8 @@ class Config:
                 f"tuning.batch_size={self.tuning.batch_size} is not divisible by "
                 f"cluster.num_workers={self.cluster.num_workers}"
             )
+        if not 0 <= self.held_out_share < 1:
+            raise ConfigError(f"held_out_share={self.held_out_share} is not within 0 to under 1")
         if self.max_concurrent < 1:
             raise ConfigError(f"max_concurrent={self.max_concurrent} must be at least 1")
 
@@ -99,21 +113,19 @@ class Work:
     config: Config
 
 
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """How far one site's run is: ``waiting``, ``running``, ``finished`` or ``failed``."""
+@dataclass(frozen=True)
+class StatusConfig:
+    """What `--status` reads."""
 
-    state: str
-    generator_id: str = ""
-    message: str = ""
-    wall_s: float = 0.0
+    hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
+    every_s: float = setting(0.0, "seconds between tables until all sites have ended; 0: one table")
 
 
 def finetune_on_worker(settings: dict[str, Any]) -> None:
     """Runs on each Ray Train worker of a site: trains, and the first one writes the generator's record."""
     import ray.train
 
-    from gretfound import fit, storage, tracking
+    from gretfound import fit, holdout, storage, tracking
     from gretfound.checkpoints import RayCheckpoints
     from gretfound.generator import finetune, pipeline
     from gretfound.lineage import Generator, ShardSet
@@ -136,10 +148,16 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
         for index, each in enumerate(shard_set.shards):
             path = scratch_path / "shards" / f"{index:06d}.parquet"
             storage.download_file(storage.join(work.hub_uri, each.path), path, sha256=each.sha256)
+        held_out = holdout.choose(
+            finetune.read_patients(sorted((scratch_path / "shards").iterdir())),
+            share=work.config.held_out_share,
+            seed=work.config.tuning.seed,
+        )
         adapter_path = finetune.finetune_locally(
             base_path=base_path,
             shard_path=scratch_path / "shards",
             work_path=scratch_path / "work",
+            left_out=held_out.image_ids,
             device="cuda" if work.config.cluster.gpus_per_worker else "cpu",
             checkpoints=RayCheckpoints(fit.train_uri(work.run_uri, work.recipe_id)),
             on_progress=lambda progress: tracker.write(progress.figures()),
@@ -159,15 +177,17 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
                 final_loss=terms.final_loss,
             )
             generator_path = pipeline.install_adapter(base_path, adapter_path, scratch_path / "generator")
+            storage.write_json(str(generator_path / holdout.FILE_NAME), holdout.to_json(held_out))
             storage.publish_folder(work.hub_uri, generator_path, record)
 
 
-def finetune_site(work: Work) -> State:
+def finetune_site(work: Work) -> "State":
     """Drives one site's Ray Train run to its end and says how it ended."""
     import ray.train
 
     from gretfound import fit, storage
     from gretfound.lineage import Generator
+    from gretfound.site_states import State
 
     began_s = time.monotonic()
     try:
@@ -189,28 +209,51 @@ def finetune_site(work: Work) -> State:
     return State(state="finished", generator_id=record.id, wall_s=time.monotonic() - began_s)
 
 
-def drive(works: list[Work], *, window: int, states_uri: str) -> dict[str, State]:
-    """Drives all runs, ``window`` at a time; returns and keeps writing the state of each one.
+def drive(
+    works: list[Work], finished: Mapping[str, str], *, window: int, hub_uri: str, run_id: str
+) -> dict[str, "State"]:
+    """Drives the unfinished runs, ``window`` at a time; returns and keeps writing the state of each site.
 
     A site's driver is a task without CPUs of its own, so that Ray Train's controllers, which stay on their driver's
     node, spread over the cluster with it.
+
+    Args:
+        works: All runs.
+        finished: The generators of those that an earlier call finished, by recipe id.
+        window: Runs under way at a time.
+        hub_uri: The hub.
+        run_id: Names the run over all sites.
     """
     import ray
     import ray.exceptions
     from tqdm import tqdm
 
-    states = {work.recipe_id: State(state="waiting") for work in works}
-    waiting = list(works)
+    from gretfound import site_states
+    from gretfound.site_states import State
+
+    states = {
+        work.recipe_id: State(state="finished", generator_id=finished[work.recipe_id])
+        if work.recipe_id in finished
+        else State(state="waiting")
+        for work in works
+    }
+    sites = {work.recipe_id: work.site_id for work in works}
+    waiting = [work for work in works if work.recipe_id not in finished]
     running: dict[Any, Work] = {}
     remote = ray.remote(num_cpus=0, max_retries=0)(finetune_site)
-    with tqdm(total=len(works), desc="fine-tuning", unit="site") as bar:
+
+    def tell() -> None:
+        told = {recipe: (sites[recipe], state) for recipe, state in states.items()}
+        site_states.write(hub_uri, run_id, told)
+
+    with tqdm(total=len(works), initial=len(finished), desc="fine-tuning", unit="site") as bar:
         while waiting or running:
             while waiting and len(running) < window:
                 work = waiting.pop(0)
                 running[remote.remote(work)] = work
                 states[work.recipe_id] = State(state="running")
-            write_states(states_uri, works, states)
-            done, _ = ray.wait(list(running))
+            tell()
+            done, _ = ray.wait(list(running), timeout=site_states.HEARTBEAT_S)
             for reference in done:
                 work = running.pop(reference)
                 try:
@@ -219,15 +262,8 @@ def drive(works: list[Work], *, window: int, states_uri: str) -> dict[str, State
                     lost = str(error).splitlines()[0]
                     states[work.recipe_id] = State(state="failed", message=f"its driver was lost: {lost}")
                 bar.update()
-    write_states(states_uri, works, states)
+    tell()
     return states
-
-
-def write_states(uri: str, works: list[Work], states: Mapping[str, State]) -> None:
-    """Writes the table of sites and states."""
-    from gretfound import storage
-
-    storage.write_json(uri, [{"site_id": work.site_id, **asdict(states[work.recipe_id])} for work in works])
 
 
 def window_for(config: Config, available: Mapping[str, float]) -> int:
@@ -262,14 +298,15 @@ def plan(config: Config, hub_uri: str) -> list[Work]:
     of_contribution = {
         each.parents[0]: each for each in storage.read_records(hub_uri, ShardSet) if each.origin == "real"
     }
-    group = lineage.recipe_id("finetune_generators", canonical(config.tuning), [each.id for each in contributions])
+    settings = canonical(config.tuning) | {"held_out_share": config.held_out_share}
+    group = lineage.recipe_id("finetune_generators", settings, [base.id, *(each.id for each in contributions)])
     works = []
     for contribution in sorted(contributions, key=lambda each: (each.site_id, each.id)):
         if contribution.id not in of_contribution:
             raise LineageError(f"{contribution.id} of {contribution.site_id} has no shard set; run jobs.intake again")
         shard_set = of_contribution[contribution.id]
         parents = [base.id, contribution.id, shard_set.id]
-        recipe = lineage.recipe_id("finetune_generator", canonical(config.tuning), parents)
+        recipe = lineage.recipe_id("finetune_generator", settings, parents)
         works.append(
             Work(
                 hub_uri=hub_uri,
@@ -286,16 +323,39 @@ def plan(config: Config, hub_uri: str) -> list[Work]:
     return works
 
 
+def show_status(argv: list[str]) -> str:
+    """Prints the latest run's table, again and again if that is asked for; returns the last one.
+
+    Raises:
+        LineageError: If the hub holds no run of this job.
+    """
+    config = load(StatusConfig, argv)
+    from gretfound import site_states, storage
+
+    while True:
+        tables = site_states.read(storage.normalised(config.hub_uri), job="finetune_generators")
+        if not tables:
+            raise LineageError("this hub holds no run of jobs.finetune_generators; see that hub_uri is the hub's")
+        latest = tables[-1]
+        if not config.every_s or latest.is_over:
+            return site_states.to_text(latest)
+        print(site_states.to_text(latest), end="\n\n", flush=True)
+        time.sleep(config.every_s)
+
+
 def main(argv: list[str]) -> str:
     """Runs the job; returns the generators' ids, joined by commas."""
+    if "--status" in argv:
+        return show_status([each for each in argv if each != "--status"])
     config = load(Config, argv)
     from gretfound import fit, storage
     from gretfound.lineage import Generator
 
     hub_uri = storage.normalised(config.hub_uri)
     works = plan(config, hub_uri)
-    finished = {work.recipe_id: storage.finished_record(hub_uri, work.recipe_id, Generator) for work in works}
-    unfinished = [work for work in works if finished[work.recipe_id] is None]
+    records = {work.recipe_id: storage.finished_record(hub_uri, work.recipe_id, Generator) for work in works}
+    finished = {recipe: record.id for recipe, record in records.items() if record is not None}
+    unfinished = [work for work in works if work.recipe_id not in finished]
     if unfinished:
         for work in unfinished:
             storage.write_bytes(storage.join(work.run_uri, "config.yaml"), to_yaml(config).encode())
@@ -303,21 +363,15 @@ def main(argv: list[str]) -> str:
         import ray
 
         fit.check_resources(**{name: value for name, value in asdict(config.cluster).items() if name != "max_failures"})
-        states = drive(
-            unfinished,
-            window=window_for(config, ray.cluster_resources()),
-            states_uri=storage.join(storage.run_uri(hub_uri, works[0].group), "states.json"),
-        )
+        window = window_for(config, ray.cluster_resources())
+        states = drive(works, finished, window=window, hub_uri=hub_uri, run_id=works[0].group)
         failed = {work.site_id: states[work.recipe_id].message for work in unfinished
                   if states[work.recipe_id].state == "failed"}  # fmt: skip
         if failed:
             told = "\n".join(f"  - {site_id}: {message}" for site_id, message in failed.items())
             raise GretfoundError(f"{len(failed)} of {len(works)} sites failed; the others are finished:\n{told}")
-        finished |= {
-            work.recipe_id: storage.read_record(hub_uri, states[work.recipe_id].generator_id, Generator)
-            for work in unfinished
-        }
-    return ",".join(record.id for record in finished.values() if record is not None)
+        finished = {recipe: state.generator_id for recipe, state in states.items()}
+    return ",".join(finished[work.recipe_id] for work in works)
 
 
 if __name__ == "__main__":

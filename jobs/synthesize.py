@@ -74,16 +74,10 @@ def main(argv: list[str]) -> str:
     from tqdm import tqdm
 
     from gretfound import fit, lineage, matching, storage, synthesis
-    from gretfound.lineage import Generator, ShardSet
+    from gretfound.lineage import ShardSet
 
     hub_uri = storage.normalised(config.hub_uri)
-    generators = (
-        [storage.read_record(hub_uri, generator_id, Generator) for generator_id in config.generator_ids]
-        if config.generator_ids
-        else [record for record in storage.read_records(hub_uri, Generator) if record.site_id]
-    )
-    if not generators:
-        raise ConfigError("the hub holds no site's generator; run jobs.finetune_generators, or jobs.intake for weights")
+    generators = synthesis.generators_of(hub_uri, config.generator_ids)
     settings = result_settings(config)
     recipes = {each.id: lineage.recipe_id("synthesize", settings, [each.id]) for each in generators}
     shard_sets = {each.id: storage.finished_record(hub_uri, recipes[each.id], ShardSet) for each in generators}

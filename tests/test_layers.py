@@ -16,7 +16,13 @@ from tests.conftest import ROOT
 
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
-    {"gretfound.keyring", "gretfound.planning", "gretfound.pretraining"},
+    {
+        "gretfound.generator_evaluation",
+        "gretfound.keyring",
+        "gretfound.planning",
+        "gretfound.pretraining",
+        "gretfound.site_states",
+    },
     {"gretfound.sealing"},
     {
         "gretfound.contribution",
@@ -31,7 +37,7 @@ ROWS = [
     {"gretfound.duplicates", "gretfound.strongbox"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
     {"gretfound.storage"},
-    {"gretfound.deidentify", "gretfound.matching", "gretfound.phantom"},
+    {"gretfound.deidentify", "gretfound.holdout", "gretfound.matching", "gretfound.phantom"},
     {
         "gretfound.archive",
         "gretfound.averaging",

@@ -1,8 +1,8 @@
 """Spaces of features in which photographs are compared: a fixed one without learning, and those of networks in folders.
 
-`scattering_space` needs no file and no random number, so any reader can repeat it. `encoder_space` is one of our own
-encoders; `timm_space` any network that timm reads from a local folder, such as an Inception v3 with ImageNet weights.
-Nothing is downloaded.
+`scattering_space` and `thumbnail_space` need no file and no random number, so any reader can repeat them.
+`encoder_space` is one of our own encoders; `timm_space` any network that timm reads from a local folder, such as an
+Inception v3 with ImageNet weights. Nothing is downloaded.
 
 Legend of tensor suffixes: B photographs, C channels, H rows, W columns, L orientations, D features.
 """
@@ -29,6 +29,7 @@ from gretfound.evaluation.fidelity import Space
 from gretfound.fundus import Photograph
 
 SIZE_PX = 128
+THUMBNAIL_PX = 6
 NUM_SCALES = 5
 NUM_ORIENTATIONS = 6
 NUM_CELLS = 3
@@ -81,6 +82,15 @@ def scattering_space(photographs: Sequence[Photograph]) -> Features:
             second_BLL = _modulus(green_BLHW, coarser).mean(dim=(-2, -1))
             parts.append(torch.log(_by_angle(second_BLL + FLOOR) / (first_BCL[:, 0].mean(dim=1) + FLOOR)[:, None]))
     return cast(Features, torch.cat(parts, dim=1).numpy())
+
+
+def thumbnail_space(photographs: Sequence[Photograph]) -> Features:
+    """Returns each photograph's field of view at 6 x 6 px in RGB on -1 to 1, (B, 108): colour and light by place alone.
+
+    A second opinion that shares nothing with `scattering_space`, for where there is no encoder.
+    """
+    cells = [fundus.to_square(image, fundus.find_field_of_view(image), THUMBNAIL_PX) for image in photographs]
+    return np.stack(cells).reshape(len(cells), -1).astype(np.float32) / 127.5 - 1.0
 
 
 def encoder_space(path: Path, *, device: str = "cpu") -> Space:

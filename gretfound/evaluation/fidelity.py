@@ -76,7 +76,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The photographs of one condition: the figures that they are enough for, and why the others are absent."""
+    """Photographs of both sides, as of one condition: the figures they are enough for, and why others are absent."""
 
     num_real: int
     num_generated: int
@@ -198,6 +198,21 @@ def compare(
     return _figures(real, generated, figures, num_resamples, seed)
 
 
+def compare_if_enough(
+    real: Sample,
+    generated: Sample,
+    *,
+    trained_on: TrainedOn,
+    figures: Sequence[str] = FIGURES,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Group:
+    """Measures as `compare`, except that too few photographs are no error: see `Group`."""
+    _require_comparable(real, generated, figures)
+    require_held_out(real.image_ids, trained_on)
+    return _group(real, generated, figures, num_resamples, seed)
+
+
 def compare_by_condition(
     real: Sample,
     generated: Sample,
@@ -221,14 +236,7 @@ def compare_by_condition(
     groups: dict[str, Group] = {}
     for condition in sorted({*real_N.tolist(), *generated_M.tolist()}):
         asked, drawn = real.where(real_N == condition), generated.where(generated_M == condition)
-        too_few = _shortages(asked, drawn, figures)
-        enough = [name for name in figures if name not in too_few]
-        groups[condition] = Group(
-            num_real=len(asked.features),
-            num_generated=len(drawn.features),
-            figures=_figures(asked, drawn, enough, num_resamples, seed),
-            too_few=too_few,
-        )
+        groups[condition] = _group(asked, drawn, figures, num_resamples, seed)
     return groups
 
 
@@ -348,6 +356,17 @@ def _shortages(real: Sample, generated: Sample, figures: Sequence[str]) -> dict[
         if reasons:
             found[figure] = "; ".join(reasons)
     return found
+
+
+def _group(real: Sample, generated: Sample, figures: Sequence[str], num_resamples: int, seed: int) -> Group:
+    too_few = _shortages(real, generated, figures)
+    enough = [name for name in figures if name not in too_few]
+    return Group(
+        num_real=len(real.features),
+        num_generated=len(generated.features),
+        figures=_figures(real, generated, enough, num_resamples, seed),
+        too_few=too_few,
+    )
 
 
 def _figures(

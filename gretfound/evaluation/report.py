@@ -4,23 +4,18 @@ The page loads nothing from elsewhere: plots are SVG, photographs are embedded. 
 opens no bucket. Photographs make it a page for the consortium, not for publication, and it says so.
 """
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from markupsafe import Markup
-from PIL import Image
 
-from gretfound import fundus
-from gretfound.evaluation import metrics
+from gretfound.evaluation import metrics, page
 from gretfound.evaluation.protocol import BASELINES, ENCODERS, METRICS, Assessment, Outcome, Photographs
 from gretfound.fundus import Photograph
 
@@ -33,8 +28,6 @@ METRIC_NAMES = {
     "knn_average_precision": "average precision, nearest neighbours",
 }
 JSON_NAME, HTML_NAME, PREDICTIONS_NAME = "report.json", "report.html", "predictions.parquet"
-PICTURE_SIZE_PX = 144
-MAX_LOSS_POINTS = 400
 PREDICTIONS_SCHEMA = pa.schema(
     [
         ("row", pa.int32()),
@@ -120,15 +113,8 @@ def write_report(
         }
         for assessment in assessments
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"picture": _picture, "figure": _figure, "signed": _signed}
-    page = environment.get_template(HTML_NAME).render(
+    text = page.render(
+        HTML_NAME,
         content=content,
         colours=COLOURS,
         names=NAMES,
@@ -140,13 +126,13 @@ def write_report(
         forest=lambda task: _forest_svg({name: content["encoders"][name][task]["auroc"] for name in ENCODERS}),
         forest_axis=_forest_axis_svg(),
         rocs=rocs,
-        loss_svg=_loss_svg(loss_curve) if len(loss_curve) > 1 else None,
+        loss_svg=page.loss_svg(loss_curve) if len(loss_curve) > 1 else None,
         loss_curve=loss_curve,
         site_samples=site_samples,
         reconstructions=reconstructions,
         num_unreadable=sum(len(entry["unreadable"]) for entry in content["evaluation_sets"].values()),
     )
-    (folder_path / HTML_NAME).write_text(page)
+    (folder_path / HTML_NAME).write_text(text)
     return folder_path / HTML_NAME
 
 
@@ -183,31 +169,6 @@ def _means(encoders: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]
     return means
 
 
-def _picture(image: npt.NDArray[np.uint8], size_px: int = PICTURE_SIZE_PX) -> Markup:
-    resized = Image.fromarray(image)
-    resized.thumbnail((size_px, size_px), Image.Resampling.BICUBIC)
-    if max(resized.size) < size_px:
-        scale = size_px / max(resized.size)
-        resized = resized.resize(
-            (round(resized.width * scale), round(resized.height * scale)), Image.Resampling.BICUBIC
-        )
-    encoded = base64.b64encode(fundus.encode_jpeg(np.asarray(resized), quality=88)).decode()
-    return Markup("data:image/jpeg;base64,{}").format(encoded)
-
-
-def _figure(interval: Mapping[str, float]) -> Markup:
-    return Markup('<b>{:.3f}</b> <span class="ci">{:.3f} to {:.3f}</span>').format(
-        interval["value"], interval["low"], interval["high"]
-    )
-
-
-def _signed(interval: Mapping[str, float]) -> Markup:
-    kind = "up" if interval["low"] > 0 else "down" if interval["high"] < 0 else "even"
-    return Markup('<span class="{}"><b>{:+.3f}</b> <span class="ci">{:+.3f} to {:+.3f}</span></span>').format(
-        kind, interval["value"], interval["low"], interval["high"]
-    )
-
-
 FOREST_WIDTH, FOREST_LOW, FOREST_HIGH = 210, 0.3, 1.0
 
 
@@ -223,13 +184,8 @@ def _forest_svg(figures: Mapping[str, Mapping[str, float]]) -> Markup:
         f'<line x1="{chance:.1f}" y1="0" x2="{chance:.1f}" y2="46" class="chance"/>',
     ]
     for index, (name, figure) in enumerate(figures.items()):
-        y, colour = 9 + 14 * index, COLOURS[name]
-        low, value, high = (_forest_x(figure[key]) for key in ("low", "value", "high"))
-        parts.append(
-            f"<g><title>{NAMES[name]}: {figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})</title>"
-            f'<line x1="{low:.1f}" y1="{y}" x2="{high:.1f}" y2="{y}" stroke="{colour}" stroke-width="2.4"/>'
-            f'<circle cx="{value:.1f}" cy="{y}" r="4.2" fill="{colour}"/></g>'
-        )
+        y = 9 + 14 * index
+        parts.append(page.range_svg(figure, y=y, name=NAMES[name], colour=COLOURS[name], place=_forest_x))
     return Markup("".join([*parts, "</svg>"]))
 
 
@@ -267,34 +223,3 @@ def _grid(side: int, left: int, top: int) -> str:
             parts.append(f'<text x="{x}" y="{top + side + 14}" text-anchor="middle">{tick:g}</text>')
             parts.append(f'<text x="{left - 5}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
     return "".join(parts)
-
-
-def _loss_svg(loss_curve: Sequence[tuple[int, float]]) -> Markup:
-    width, height, left, top = 640, 200, 58, 8
-    points = loss_curve[:: -(-len(loss_curve) // MAX_LOSS_POINTS)]
-    last_seen = max(seen for seen, _ in points) or 1
-    losses = np.array([loss for _, loss in points])
-    low, high = float(losses.min()), float(losses.max())
-    padding = (high - low) * 0.06 or 0.5
-    low, high = low - padding, high + padding
-
-    def place(seen: float, loss: float) -> str:
-        return f"{left + width * seen / last_seen:.1f},{top + height * (high - loss) / (high - low):.1f}"
-
-    reach = max(1, len(losses) // 40)
-    smoothed = [losses[max(0, i - reach) : i + reach + 1].mean() for i in range(len(losses))]
-    raw = " ".join(place(seen, loss) for seen, loss in points)
-    mean = " ".join(place(seen, loss) for (seen, _), loss in zip(points, smoothed, strict=True))
-    parts = [f'<svg class="plot wide" viewBox="0 0 {left + width + 34} {top + height + 40}" role="img">']
-    for step in range(5):
-        loss = low + (high - low) * step / 4
-        y = top + height * (high - loss) / (high - low)
-        parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{loss:.3f}</text>')
-        seen = last_seen * step / 4
-        x = left + width * step / 4
-        parts.append(f'<text x="{x:.1f}" y="{top + height + 16}" text-anchor="middle">{seen:,.0f}</text>')
-    parts.append(f'<polyline points="{raw}" fill="none" stroke="{COLOURS["pretrained"]}" stroke-opacity="0.3"/>')
-    parts.append(f'<polyline points="{mean}" fill="none" stroke="{COLOURS["pretrained"]}" stroke-width="2.2"/>')
-    parts.append(f'<text x="{left + width / 2}" y="{top + height + 34}" text-anchor="middle">images seen</text>')
-    return Markup("".join([*parts, "</svg>"]))

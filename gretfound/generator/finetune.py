@@ -6,7 +6,7 @@ the training then reads latents only. The result is an adapter (`gretfound.gener
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,7 @@ def finetune_locally(
     min_snr_gamma: float | None = 5.0,
     average_decay: float = 0.9999,
     seed: int = 0,
+    left_out: Collection[str] = (),
     precision: str = "float32",
     zero_stage: int | None = None,
     device: str = "cpu",
@@ -92,6 +93,7 @@ def finetune_locally(
         min_snr_gamma: See `denoising.DenoisingObjective`.
         average_decay: Of the moving average of the weights, which becomes the adapter, per step; 0: the last weights.
         seed: Seeds the factors, the order, the noise.
+        left_out: Image ids of the photographs that are not trained on (`gretfound.holdout`).
         precision: ``float32`` or ``bfloat16``.
         zero_stage: DeepSpeed ZeRO stage in a Ray Train worker; None is plain PyTorch.
         device: ``cpu`` or ``cuda``.
@@ -113,7 +115,7 @@ def finetune_locally(
     request = lineage.digest_of(
         [base_sha256, [storage.sha256_of(shard) for shard in shards], num_images_seen, batch_size, learning_rate,
          method, lora_rank, resolution_px, warmup_images, weight_decay, caption_dropout, min_snr_gamma, average_decay,
-         seed, precision]
+         seed, sorted(left_out), precision]
     )  # fmt: skip
     run_path = work_path / f"finetune-{request[:16]}"
     adapter_path = run_path / "adapter"
@@ -121,7 +123,9 @@ def finetune_locally(
         return adapter_path
     base = pipeline.load_pipeline(base_path, device=device)
     side_px = resolution_px if resolution_px is not None else native_px(base)
-    photographs = encode_photographs(base, squares_of(read_photographs(shards), resolution_px=side_px))
+    photographs = encode_photographs(
+        base, squares_of(read_photographs(shards, left_out=left_out), resolution_px=side_px)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if method == "lora":
@@ -182,15 +186,27 @@ def native_px(base: StableDiffusionPipeline) -> int:
     return int(base.unet.config.sample_size * base.vae_scale_factor)
 
 
-def read_photographs(shards: Sequence[Path]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yields the image bytes and the known metadata cells of every row of local Parquet shards."""
+def read_photographs(
+    shards: Sequence[Path], *, left_out: Collection[str] = ()
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields the image bytes and known metadata cells of the rows of local Parquet shards, but of those left out."""
     names = [field.name for field in metadata.ARROW_FIELDS]
+    unwanted = frozenset(left_out)
     for shard in shards:
         with pq.ParquetFile(shard) as parquet:
-            for block in parquet.iter_batches(batch_size=ENCODE_BATCH, columns=["image", *names]):
+            for block in parquet.iter_batches(batch_size=ENCODE_BATCH, columns=["image", "image_id", *names]):
                 for row in block.to_pylist():
+                    if row["image_id"] in unwanted:
+                        continue
                     cells = {name: row[name] for name in names if row[name] is not None}
                     yield row["image"], cells
+
+
+def read_patients(shards: Sequence[Path]) -> Iterator[tuple[str, str | None]]:
+    """Yields the image id and the patient, if known, of every row of local Parquet shards, for `holdout.choose`."""
+    for shard in shards:
+        table = pq.read_table(shard, columns=["image_id", "patient"])
+        yield from zip(table["image_id"].to_pylist(), table["patient"].to_pylist(), strict=True)
 
 
 def as_tensor(photographs: Sequence[Pixels]) -> Tensor:

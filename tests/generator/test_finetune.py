@@ -62,6 +62,23 @@ def test_finetune_locally__goes_on_where_it_was_killed(site: tuple[Path, Path], 
     assert adapter_path.stat().st_mtime_ns == modified
 
 
+def test_finetune_locally__a_held_out_photograph_leaves_no_trace(site: tuple[Path, Path], tmp_path: Path) -> None:
+    base_path, shard_path = site
+    rows = rows_of(6)
+    shard.write_shard_file(tmp_path / "without.parquet", [rows[0], *rows[2:]])
+    left_out = {"shard_path": shard_path, "left_out": (rows[1]["image_id"],)}
+    found, required, other = (
+        finetune.finetune_locally(base_path=base_path, work_path=tmp_path, **inputs, **SETTINGS)
+        for inputs in (left_out, {"shard_path": tmp_path / "without.parquet"}, {"shard_path": shard_path})
+    )
+    weights, expected, others = (load_file(path / pipeline.ADAPTER_TENSORS) for path in (found, required, other))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in others.items())
+    assert pipeline.read_adapter_terms(found).num_images == 5
+    assert list(finetune.read_patients([shard_path])) == [(row["image_id"], row["patient"]) for row in rows]
+
+
 def test_finetune_locally__full_method_lowers_the_loss(site: tuple[Path, Path], tmp_path: Path) -> None:
     base_path, shard_path = site
     losses: list[float] = []

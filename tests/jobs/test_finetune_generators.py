@@ -38,16 +38,24 @@ def test_finetune_generators__a_failing_site_leaves_the_others_alone(ray_cluster
     assert "SHA-256" in str(caught.value)
     (done,) = [each for each in storage.read_records(hub_uri, Generator) if each.site_id]
     assert done.site_id == "aster"
-    states = storage.read_json(next(uri for uri in storage.list_uris(hub_uri) if uri.endswith("states.json")))
-    assert {each["site_id"]: each["state"] for each in states} == {"aster": "finished", "birch": "failed"}
+    told = finetune_generators.main(["--status", f"hub_uri={hub_uri}"])
+    assert "1 finished, 1 failed" in told
+    assert f"16 of 16  {done.final_loss:.4f}" in told
     # Once the fault is mended the same command finishes the rest and finds what is done.
     broken_path.write_bytes(whole)
     generator_ids = finetune_generators.main(keys).split(",")
     assert generator_ids[0] == done.id
     mended = storage.read_record(hub_uri, generator_ids[1], Generator)
     assert (mended.site_id, mended.images_seen, mended.base_id, mended.num_images) == ("birch", 16, base.id, 4)
+    # The table keeps the site that the first call finished.
+    assert "2 finished" in finetune_generators.main(["--status", f"hub_uri={hub_uri}", "every_s=60"])
     trained = pipeline.load_pipeline(storage.fetch_folder(hub_uri, mended, tmp_path / "fetched"))
     assert (unet_output(trained.unet) - unet_output(pipeline.load_pipeline(tmp_path / "base").unet)).abs().max() > 1e-4
+
+
+def test_status__of_a_hub_without_a_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LineageError, match="no run"):
+        finetune_generators.main(["--status", f"hub_uri={tmp_path}"])
 
 
 def test_finetune_generators__asks_for_contributions(tmp_path: Path) -> None:

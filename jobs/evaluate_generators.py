@@ -1,0 +1,149 @@
+"""Generator -> report: measures each site's generator against photographs that it was not trained on.
+
+    python -m jobs.evaluate_generators conf/generator/evaluate_demo.yaml hub_uri=runs/demo
+    python -m jobs.evaluate_generators conf/generator/evaluate_sd15.yaml hub_uri=s3://BUCKET/hub encoder_id=encoder-...
+
+Every generator draws some photographs, which are compared with held-out real ones of its site, beside those of the base
+that it was fine-tuned from and real ones that it was trained on. Where the real photographs stay at the site, the
+report says so and shows what was drawn. Parts that an earlier run finished are kept. Records a Report for each
+generator; the last line is its id; with several generators, their reports' ids joined by commas.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gretfound.config import canonical, load, setting, to_yaml
+from gretfound.errors import ConfigError
+from jobs import assemble_corpus, console
+
+# What a report depends on; everything else only says where and how fast it is made.
+RESULT_KEYS = (
+    "num_images", "max_real", "attributes", "compares_base", "encoder_id", "is_screened", "num_seeds", "num_pictures",
+    "num_bootstraps", "seed", "num_steps", "guidance_scale", "images_per_part", "precision"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `evaluate_generators` reads."""
+
+    hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
+    generator_ids: list[str] = setting([], "generator record ids; empty: the generators of all sites")
+    num_images: int = setting(1000, "photographs to draw from each generator")
+    max_real: int = setting(2000, "held-out real photographs at most, and trained-on ones to read the figures against")
+    attributes: list[str] = setting(
+        ["dr", "glaucoma", "amd"], "columns whose values are compared apart and swept, where a site has them"
+    )
+    compares_base: bool = setting(True, "whether the base draws as many photographs, to be compared with")
+    encoder_id: str = setting("", "encoder whose features are the second space; empty: thumbnails")
+    is_screened: bool = setting(True, "leave out of the figures what inspection rejects, as synthesis does; counted")
+    num_seeds: int = setting(2, "seeds of each sweep over an attribute")
+    num_pictures: int = setting(4, "photographs shown of each condition, drawn and real; four stand in a row")
+    num_bootstraps: int = setting(200, "resamples of the patients, for 95% intervals")
+    seed: int = setting(0, "decides captions, first latents and resamples")
+    num_steps: int = setting(20, "steps of DPM-Solver++")
+    guidance_scale: float = setting(3.0, "weight of the caption; 1: no guidance")
+    images_per_part: int = setting(64, "photographs a part, and lost at most when an actor dies")
+    batch_size: int = setting(16, "photographs that an actor draws together, and holds at a time")
+    num_actors: int = setting(1, "actors that draw and measure, each with a pipeline loaded")
+    cpus_per_actor: float = setting(1.0, "CPUs that each one reserves")
+    gpus_per_actor: float = setting(0.0, "GPUs that each one reserves; 0 draws on CPU")
+    precision: str = setting("float32", "float32 or bfloat16")
+    autoscaling: bool = setting(False, "whether the cluster adds nodes on demand")
+    project: str = setting("gretfound", "the W&B project")
+
+    def __post_init__(self) -> None:
+        """Checks what one key cannot."""
+        from gretfound.metadata import SUMMARY_KEYS
+
+        if odd := sorted(set(self.attributes) - set(SUMMARY_KEYS)):
+            raise ConfigError(f"attributes names {odd}; required columns of a summary: {', '.join(SUMMARY_KEYS)}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision={self.precision!r} is neither float32 nor bfloat16")
+        counts = {
+            name: getattr(self, name)
+            for name in ("num_images", "max_real", "num_pictures", "num_steps", "images_per_part", "batch_size",
+                         "num_actors")
+        }  # fmt: skip
+        if small := sorted(name for name, count in counts.items() if count < 1):
+            raise ConfigError(f"{', '.join(small)} must be at least 1")
+        if self.num_seeds < 0 or self.num_bootstraps < 100:
+            raise ConfigError(
+                f"num_seeds={self.num_seeds} must not be negative, num_bootstraps={self.num_bootstraps} at least 100"
+            )
+
+
+def main(argv: list[str]) -> str:
+    """Runs the job; returns the reports' ids, joined by commas."""
+    config = load(Config, argv)
+    from tqdm import tqdm
+
+    from gretfound import fit, generator_evaluation, lineage, storage, synthesis
+    from gretfound.lineage import Generator, Report
+
+    hub_uri = storage.normalised(config.hub_uri)
+    generators = synthesis.generators_of(hub_uri, config.generator_ids)
+    settings: dict[str, Any] = {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}
+    recipes = {lineage.recipe_id("evaluate_generator", settings, [each.id]): each for each in generators}
+    finished = {recipe: storage.finished_record(hub_uri, recipe, Report) for recipe in recipes}
+    reports = {recipe: record for recipe, record in finished.items() if record is not None}
+    unfinished: dict[str, Generator] = {recipe: each for recipe, each in recipes.items() if recipe not in reports}
+    if unfinished:
+        for recipe in unfinished:
+            config_uri = storage.join(storage.run_uri(hub_uri, recipe), "config.yaml")
+            storage.write_bytes(config_uri, to_yaml(config).encode())
+        console.start_ray()
+        fit.check_resources(
+            num_workers=config.num_actors,
+            cpus_per_worker=config.cpus_per_actor,
+            gpus_per_worker=config.gpus_per_actor,
+            autoscaling=config.autoscaling,
+        )
+        real = generator_evaluation.real_shards(hub_uri, list(unfinished.values()))
+        shards = [part for shard_set in real.values() for part in shard_set.shards]
+        assemble_corpus.sign_shards(hub_uri, shards, hash_cpus=config.num_actors * config.cpus_per_actor)
+        plans = generator_evaluation.plan_all(hub_uri, unfinished, real, max_real=config.max_real)
+        drawing = {"num_images": config.num_images, "attributes": config.attributes, "num_seeds": config.num_seeds,
+                   "seed": config.seed}  # fmt: skip
+        parts = {
+            recipe: generator_evaluation.cut_into_parts(
+                hub_uri, each, images_per_part=config.images_per_part, compares_base=config.compares_base, **drawing
+            )
+            for recipe, each in plans.items()
+        }
+        everything = [part for each in parts.values() for part in each]
+        with tqdm(total=sum(part.num for part in everything), desc="measuring", unit="image") as bar:
+            generator_evaluation.examine_parts(
+                everything,
+                num_actors=config.num_actors,
+                cpus_per_actor=config.cpus_per_actor,
+                gpus_per_actor=config.gpus_per_actor,
+                on_progress=bar.update,
+                hub_uri=hub_uri,
+                encoder_id=config.encoder_id,
+                num_steps=config.num_steps,
+                guidance_scale=config.guidance_scale,
+                batch_size=config.batch_size,
+                device="cuda" if config.gpus_per_actor else "cpu",
+                precision=config.precision,
+                **drawing,
+            )
+        reports |= generator_evaluation.publish_all(
+            hub_uri,
+            plans,
+            parts,
+            encoder_id=config.encoder_id,
+            attributes=config.attributes,
+            is_screened=config.is_screened,
+            num_pictures=config.num_pictures,
+            num_resamples=config.num_bootstraps,
+            seed=config.seed,
+            project=config.project,
+            group=lineage.recipe_id("evaluate_generators", settings, [each.id for each in generators]),
+            settings=settings,
+        )
+    return ",".join(reports[recipe].id for recipe in recipes)
+
+
+if __name__ == "__main__":
+    console.run(Config, main)
