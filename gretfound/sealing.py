@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Final, Literal
 
 import pyrage
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -36,7 +36,7 @@ from gretfound.errors import ConfigError, ContributionRejected
 from gretfound.roster import Approval, Recipient, Roster, Sha256, SiteId, require_approvals, require_current
 from gretfound.signing import Document, UnreadableDocument
 
-SCHEMA_VERSION = "gretfound-contribution/2"
+SCHEMA_VERSION: Final = "gretfound-contribution/2"
 PREDICATE_TYPE = "https://gretfound.org/contribution/v2"
 STATEMENT_TYPE = "application/vnd.in-toto+json"
 SEQUENCE_FOLDER = "sequence"

@@ -1,10 +1,10 @@
 """Learning: what pretraining is worth on drawn sites that it never saw, over three seeds, for both objectives.
 
 Three drawn sites are pretrained on; two others, with other cameras and other people, are held out and probed. Every run
-is `jobs.pretrain_encoder` with a recipe of conf/pretrain/ and `jobs.evaluate_encoder`, as an operator would call them; the
-two objectives of a seed run side by side, one core each. A seed decides order, crops, masks, initial weights, the
-untrained network and the probe's folds, never the photographs. The hub is kept, so that a broken-off run goes on where it
-was; delete runs/bench/learning to begin anew. It takes about an hour, so `make bench` alone leaves it out.
+is `jobs.pretrain_encoder` with a recipe of conf/pretrain/ and `jobs.evaluate_encoder`, as an operator would call them;
+the two objectives of a seed run side by side, one core each. A seed decides order, crops, masks, initial weights, the
+untrained network and the probe's folds, never the photographs. The hub is kept, so that a broken-off run goes on where
+it was; delete runs/bench/learning to begin anew. It takes about an hour, so `make bench` alone leaves it out.
 """
 
 import json
