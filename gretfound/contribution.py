@@ -43,6 +43,12 @@ _SUMMARY = Place(
     contains="counts of patients by age band, sex, disease and camera; no rows, no names, no dates",
     max_bytes=MAX_JSON_BYTES,
 )
+_DISCLOSURE = Place(
+    pattern=r"summary/disclosure_report\.json",
+    role="summary",
+    contains="the rules by which these counts were made, and which of them were suppressed",
+    max_bytes=MAX_JSON_BYTES,
+)
 _TRAINING = (
     Place(
         pattern=r"training/config\.json",
@@ -72,6 +78,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
             max_bytes=MAX_JSON_BYTES,
         ),
         _SUMMARY,
+        _DISCLOSURE,
         *_TRAINING,
     ),
     "images": (
@@ -82,6 +89,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
             max_bytes=MAX_SHARD_BYTES,
         ),
         _SUMMARY,
+        _DISCLOSURE,
     ),
     "synthetic": (
         Place(
@@ -91,6 +99,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
             max_bytes=MAX_SHARD_BYTES,
         ),
         _SUMMARY,
+        _DISCLOSURE,
         *_TRAINING,
     ),
 }

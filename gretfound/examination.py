@@ -50,7 +50,6 @@ class SitePolicy:
         min_patients_to_send: Patients needed for ``images``; 0 where photographs count alone.
         min_images_to_train: Photographs needed for ``weights`` and ``synthetic``.
         min_patients_to_train: Patients needed for them; 0 where photographs count alone.
-        min_patients_per_value: A metadata value of fewer patients is not in the summary and in no caption.
     """
 
     name: str
@@ -59,7 +58,6 @@ class SitePolicy:
     min_patients_to_send: int
     min_images_to_train: int
     min_patients_to_train: int
-    min_patients_per_value: int
 
     @property
     def stamp(self) -> str:
@@ -67,7 +65,7 @@ class SitePolicy:
         return f"{self.name}/{self.version}"
 
 
-# A generator of few patients remembers them; below 11 patients a count is about people (CMS cell size rule).
+# A generator of few patients remembers them. From how many patients on a value may be told: conf/disclosure/.
 STANDARD = SitePolicy(
     name="standard",
     version=1,
@@ -75,7 +73,6 @@ STANDARD = SitePolicy(
     min_patients_to_send=50,
     min_images_to_train=1000,
     min_patients_to_train=1000,
-    min_patients_per_value=11,
 )
 DEMONSTRATION = SitePolicy(
     name="demonstration",
@@ -84,7 +81,6 @@ DEMONSTRATION = SitePolicy(
     min_patients_to_send=0,
     min_images_to_train=8,
     min_patients_to_train=0,
-    min_patients_per_value=2,
 )
 POLICIES = {policy.name: policy for policy in (STANDARD, DEMONSTRATION)}
 

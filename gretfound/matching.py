@@ -8,9 +8,10 @@ pairs that close a cycle, as grade, age and sex do; with these few columns a joi
 
 What disclosure control left out, and what does not agree:
 
-- Photographs whose value of a column is not released are *untold* there: a value of its own, drawn as often, that
-  becomes a blank, as it does in the captions that a generator is trained with (`metadata.released_cells`).
-- Pairs that a pair table does not list share what the one-way tables leave to their row and their column.
+- Patients whose value of a column is blank, or not told, are *untold* there: a value of its own, drawn as often, that
+  becomes a blank, as it does in the captions that a generator is trained with (`disclosure.caption_rows`).
+- Pairs that a pair table does not tell share what the one-way tables leave to their row and their column.
+- Counts are rounded one by one, so a table may hold a little more than all patients; then its own sum is the whole.
 - One-way tables win: a row or column of a pair table with more than its one-way count is scaled down to it, and the
   last fit is to the one-way tables. Pairs are then as close as that allows.
 - `dr_present` follows from the grade where there is one; without a grade it has what its own table leaves.
@@ -133,14 +134,14 @@ def _column_shares(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
 
 
 def _tables_of(summary: MetadataSummary) -> tuple[dict[str, Table], dict[tuple[str, str], Shares]]:
-    """Returns each column's shares by value, and each pair's shares as a table with NaN where it lists nothing.
+    """Returns each column's shares by value, and each pair's shares as a table with NaN where it tells nothing.
 
-    Shares are of all photographs, so that what a column's counts leave is untold.
+    Shares are of all patients, so that what a column's counts leave is untold.
     """
     counts = {
-        key: {value: count for value, count in sorted(table.items()) if count > 0}
+        key: {value: count for value, count in sorted(table.items()) if count}
         for key, table in sorted(summary.counts.items())
-        if key in SUMMARY_KEYS and any(count > 0 for count in table.values())
+        if key in SUMMARY_KEYS and any(table.values())
     }
     presence = {}
     if {"dr", "dr_present"} <= set(counts):
@@ -150,7 +151,7 @@ def _tables_of(summary: MetadataSummary) -> tuple[dict[str, Table], dict[tuple[s
         for grade in grades:
             implied[presence[grade]] += counts["dr"][grade]
         counts["dr_present"] = dict(sorted((implied | Counter(counts["dr_present"])).items()))  # | is the larger count
-    total = max([summary.num_images, *(sum(table.values()) for table in counts.values())])
+    total = max([summary.num_patients or 0, *(sum(table.values()) for table in counts.values())])
     tables: dict[str, Table] = {}
     for key, table in counts.items():
         tables[key] = {value: count / total for value, count in table.items()}
@@ -160,7 +161,9 @@ def _tables_of(summary: MetadataSummary) -> tuple[dict[str, Table], dict[tuple[s
     for name, rows in sorted(summary.pair_counts.items()):
         first, _, second = name.partition("*")
         if first in tables and second in tables:
-            listed: dict[tuple[Value, Value], float] = {(value, other): count / total for value, other, count in rows}
+            listed: dict[tuple[Value, Value], float] = {
+                (value, other): count / total for value, other, count in rows if count is not None
+            }
             pairs[first, second] = _pair_table(tables[first], tables[second], listed)
     if presence:
         dr, dr_present = tables["dr"], tables["dr_present"]

@@ -10,8 +10,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -599,7 +599,8 @@ _SYSTEMIC = (
 def caption(cells: Mapping[str, Any]) -> str:
     """Says the known cells in plain words, always in the same order; blanks are left out.
 
-    The absence of an ocular disease is said, since a photograph shows it; that of a systemic one is not.
+    The absence of an ocular disease is said, since a photograph shows it; that of a systemic one is not. Measurements
+    are never said: they are in no summary, and a number may be one patient's alone.
 
     For example ``colour fundus photograph, moderate non-proliferative diabetic retinopathy, 62-year-old woman, British,
     Topcon``.
@@ -614,10 +615,6 @@ def caption(cells: Mapping[str, Any]) -> str:
         parts.append(DME_WORDS[int(known["dme"])])
     parts.extend(words if known[key] else f"no {words}" for key, words in _OCULAR if key in known)
     parts.extend(words for key, words in _SYSTEMIC if known.get(key))
-    if "hba1c" in known:
-        parts.append(f"HbA1c {known['hba1c']:.1f} percent")
-    if "sbp" in known:
-        parts.append(f"systolic blood pressure {known['sbp']:.0f}")
     person = {"female": "woman", "male": "man"}.get(known.get("sex", ""))
     if "age" in known:
         parts.append(f"{int(known['age'])}-year-old {person or 'person'}")
@@ -658,23 +655,42 @@ def caption_words() -> list[str]:
 
 _COUNTED_KINDS = ("word", "grade", "yes/no", "short text")
 SUMMARY_KEYS = (*(column.key for column in COLUMNS if column.kind in _COUNTED_KINDS), "dr_present", "age_band")
-PAIRS = (("dr", "age_band"), ("dr", "sex"), ("sex", "age_band"), ("glaucoma", "age_band"))
+AGE_BANDS = ("<20", *(f"{age}-{age + 4}" for age in range(20, 90, 5)), "90+")
 BLANK = ""
+SUMMARY_SCHEMA = "metadata-summary/2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetadataSummary:
-    """Counts of a site's metadata. Values of too few patients are in no table.
+    """What a site tells about its patients, as `disclosure.release` made it and `disclosure.audit` attacks it.
 
-    ``counts`` maps a column key to counts by value (as text; ``""`` is blank), ``pair_counts`` two keys joined by ``*``
-    to counts by two values. Counts are of photographs; suppression is by distinct patients.
+    Every count is of distinct patients, each counted once in a table, and rounded. None stands for a suppressed one: of
+    fewer than ``min_patients`` (none at all included), or withheld so that such a one cannot be computed. Patients
+    whose value is blank, or too rare to be listed, are what a table leaves of ``num_patients``.
+
+    Args:
+        policy: The disclosure policy and its version, ``sdc/1``.
+        variant: ``standard`` or ``demonstration``.
+        min_patients: The fewest patients that a count may be of.
+        rounding: Counts are multiples of it, each rounded from the truth.
+        num_patients: All patients; None where they are too few to tell.
+        patients_below: Where ``num_patients`` is None: how many there would have to be; then there is no table.
+        num_images: Their photographs; 0 where there is no table.
+        country: That of most patients; empty where it is not known of ``min_patients``.
+        counts: Counts by value (as text) by column key.
+        pair_counts: Counts by two values by two keys joined by ``*``.
     """
 
-    num_images: int
-    num_patients: int | None
+    policy: str
+    variant: str
     min_patients: int
-    counts: dict[str, dict[str, int]]
-    pair_counts: dict[str, list[tuple[str, str, int]]]
+    rounding: int
+    num_patients: int | None
+    patients_below: int | None
+    num_images: int
+    country: str
+    counts: dict[str, dict[str, int | None]]
+    pair_counts: dict[str, list[tuple[str, str, int | None]]]
 
 
 def age_band(age: float) -> str:
@@ -684,56 +700,29 @@ def age_band(age: float) -> str:
     return "90+" if age >= 90 else f"{int(age) // 5 * 5}-{int(age) // 5 * 5 + 4}"
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], *, min_patients: int = 11) -> MetadataSummary:
-    """Counts the values of every categorical column and of the listed pairs of columns.
+def values_of(key: str) -> tuple[str, ...] | None:
+    """Returns the values, as text, that a column of the summary can have; None where the site writes its own words.
 
-    A value of fewer than ``min_patients`` patients is left out of every table; where the patient is blank, each
-    photograph counts as one. (Complementary suppression and rounding belong to the disclosure rules of the
-    contribution, which read this summary.)
-
-    Args:
-        rows: Canonical cells of each photograph.
-        min_patients: The fewest patients that a value may describe.
+    A photograph of the quality ``reject`` is in no contribution.
     """
-    patients = [str(row.get("patient") or f"image {place}") for place, row in enumerate(rows)]
-    texts = [_texts(row) for row in rows]
-    counts: dict[str, dict[str, int]] = {}
-    for key in SUMMARY_KEYS:
-        people: dict[str, set[str]] = {}
-        for patient, each in zip(patients, texts, strict=True):
-            people.setdefault(each.get(key, BLANK), set()).add(patient)
-        table = Counter(each.get(key, BLANK) for each in texts)
-        released = {value: count for value, count in table.items() if len(people[value]) >= min_patients}
-        if set(released) - {BLANK}:
-            counts[key] = dict(sorted(released.items()))
-    pair_counts: dict[str, list[tuple[str, str, int]]] = {}
-    for first, second in PAIRS:
-        if first not in counts or second not in counts:
-            continue
-        cells: dict[tuple[str, str], set[str]] = {}
-        images: Counter[tuple[str, str]] = Counter()
-        for patient, each in zip(patients, texts, strict=True):
-            pair = each.get(first, BLANK), each.get(second, BLANK)
-            if pair[0] in counts[first] and pair[1] in counts[second]:
-                cells.setdefault(pair, set()).add(patient)
-                images[pair] += 1
-        kept = sorted((*pair, images[pair]) for pair, people in cells.items() if len(people) >= min_patients)
-        if kept:
-            pair_counts[f"{first}*{second}"] = kept
-    has_patients = any(row.get("patient") for row in rows)
-    return MetadataSummary(
-        num_images=len(rows),
-        num_patients=len(set(patients)) if has_patients else None,
-        min_patients=min_patients,
-        counts=counts,
-        pair_counts=pair_counts,
-    )
+    if key == "age_band":
+        return AGE_BANDS
+    match "yes/no" if key == "dr_present" else BY_KEY[key].kind:
+        case "yes/no":
+            return ("yes", "no")
+        case "grade":
+            return tuple(str(value) for value in BY_KEY[key].words if isinstance(value, int))
+        case "word":
+            return tuple(str(value) for value in BY_KEY[key].words if value != "reject")
+        case _:
+            return None
 
 
-def _texts(row: Mapping[str, Any]) -> dict[str, str]:
-    texts = {key: _as_text(row[key]) for key in SUMMARY_KEYS if row.get(key) is not None}
-    if row.get("age") is not None:
-        texts["age_band"] = age_band(float(row["age"]))
+def summary_texts(cells: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a photograph's values as the summary's tables write them, by column key; blanks are absent."""
+    texts = {key: _as_text(cells[key]) for key in SUMMARY_KEYS if cells.get(key) is not None}
+    if cells.get("age") is not None:
+        texts["age_band"] = age_band(float(cells["age"]))
     return texts
 
 
@@ -741,19 +730,16 @@ def _as_text(value: Any) -> str:
     return ("yes" if value else "no") if isinstance(value, bool | np.bool_) else str(value)
 
 
-def released_cells(summary: MetadataSummary, cells: Mapping[str, Any]) -> Cells:
-    """Keeps of a photograph's cells only what the summary releases; an age becomes the middle of its released band."""
-    texts = _texts(cells)
-    kept = {key: cells[key] for key, text in texts.items() if key != "age_band" and text in summary.counts.get(key, {})}
-    if texts.get("age_band") in summary.counts.get("age_band", {}):
-        kept["age"] = _middle_of(texts["age_band"])
-    return kept
+def cells_told(cells: Mapping[str, Any], keys: Set[str]) -> Cells:
+    """Keeps the cells of these columns of a summary; an age becomes the middle of its band."""
+    kept = {key: cells[key] for key in keys if key != "age_band"}
+    return kept | {"age": _middle_of(age_band(float(cells["age"])))} if "age_band" in keys else kept
 
 
 def cells_of(key: str, text: str) -> Cells:
     """Returns the cells that a value of a summary's table stands for; none for a blank.
 
-    The inverse of what `summarise` counts, but that an age is the middle of its band, as in `released_cells`.
+    The inverse of `summary_texts`, but that an age is the middle of its band, as in `cells_told`.
     """
     if text == BLANK:
         return {}
@@ -774,22 +760,10 @@ def _middle_of(band: str) -> float:
     return 92.0 if band == "90+" else float(int(band[:2]) + 2)
 
 
-def main_country(summary: MetadataSummary) -> str:
-    """Returns the country of most photographs, empty where none is released."""
-    table = {value: count for value, count in summary.counts.get("country", {}).items() if value != BLANK}
-    return max(sorted(table), key=lambda value: table[value]) if table else ""
-
-
 def summary_to_json(summary: MetadataSummary) -> dict[str, Any]:
     """Returns the summary as plain JSON-able values."""
-    return {
-        "schema": "metadata-summary/1",
-        "num_images": summary.num_images,
-        "num_patients": summary.num_patients,
-        "min_patients": summary.min_patients,
-        "counts": summary.counts,
-        "pair_counts": {name: [list(row) for row in rows] for name, rows in summary.pair_counts.items()},
-    }
+    pair_counts = {name: [list(row) for row in rows] for name, rows in summary.pair_counts.items()}
+    return {"schema": SUMMARY_SCHEMA} | asdict(summary) | {"pair_counts": pair_counts}
 
 
 def summary_from_json(content: Mapping[str, Any]) -> MetadataSummary:
@@ -798,25 +772,47 @@ def summary_from_json(content: Mapping[str, Any]) -> MetadataSummary:
     Raises:
         ValueError: If the content is not a summary of this version.
     """
-    names = {"schema", "num_images", "num_patients", "min_patients", "counts", "pair_counts"}
-    if not isinstance(content, Mapping) or set(content) != names or content["schema"] != "metadata-summary/1":
-        raise ValueError("not a metadata summary of version metadata-summary/1")
-    try:
-        return MetadataSummary(
-            num_images=int(content["num_images"]),
-            num_patients=None if content["num_patients"] is None else int(content["num_patients"]),
-            min_patients=int(content["min_patients"]),
-            counts={
-                str(key): {str(value): int(count) for value, count in table.items()}
-                for key, table in content["counts"].items()
-            },
-            pair_counts={
-                str(name): [(str(first), str(second), int(count)) for first, second, count in rows]
-                for name, rows in content["pair_counts"].items()
-            },
-        )
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"a damaged metadata summary: {error}") from error
+    names = {"schema", *(each.name for each in fields(MetadataSummary))}
+    if not isinstance(content, Mapping) or content.get("schema") != SUMMARY_SCHEMA or set(content) != names:
+        raise ValueError(f"not a metadata summary of version {SUMMARY_SCHEMA}")
+    is_right = isinstance(content["counts"], dict) and all(
+        isinstance(each, dict) for each in content["counts"].values()
+    )
+    is_right &= isinstance(content["pair_counts"], dict) and all(
+        isinstance(rows, list) and all(isinstance(row, list) and len(row) == 3 for row in rows)
+        for rows in content["pair_counts"].values()
+    )
+    if not is_right:
+        raise ValueError("a damaged metadata summary: its tables are not of values and counts")
+    return MetadataSummary(
+        **{name: _text(content[name]) for name in ("policy", "variant", "country")},
+        **{name: _count(content[name]) for name in ("min_patients", "rounding", "num_images")},
+        **{name: _count_or_none(content[name]) for name in ("num_patients", "patients_below")},
+        counts={
+            _text(key): {_text(value): _count_or_none(count) for value, count in table.items()}
+            for key, table in content["counts"].items()
+        },
+        pair_counts={
+            _text(name): [(_text(first), _text(second), _count_or_none(count)) for first, second, count in rows]
+            for name, rows in content["pair_counts"].items()
+        },
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > _MAX_TEXT or not value.isprintable():
+        raise ValueError(f"a metadata summary holds something that is no text of up to {_MAX_TEXT} characters")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 10**9:
+        raise ValueError("a metadata summary holds something that is no count")
+    return value
+
+
+def _count_or_none(value: Any) -> int | None:
+    return None if value is None else _count(value)
 
 
 def dictionary_text() -> str:

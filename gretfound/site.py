@@ -26,6 +26,7 @@ from tqdm import tqdm
 from gretfound import (
     contribution,
     deidentify,
+    disclosure,
     examination,
     fundus,
     keyring,
@@ -143,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the package goes")
     make.add_argument("--base", default="", metavar="DIR|URI", help="the generator to start from; images needs none")
     make.add_argument("--policy", choices=sorted(POLICIES), default="standard")
+    make.add_argument("--min-patients-per-cell", type=int, metavar="N",
+                      help="fewest patients of a count or a caption, where that is more than the policy's")  # fmt: skip
     make.add_argument(
         "--work", type=Path, metavar="DIR", help="work in progress; default OUT/.work/DIGEST, removed at the end"
     )
@@ -213,6 +216,7 @@ def contribute(
     keys_path: Path | None = None,
     passphrase: str = "",
     today: date | None = None,
+    min_patients_per_cell: int | None = None,
 ) -> Package:
     """Makes a site's contribution, or goes on with an interrupted one, or finds the finished one.
 
@@ -228,10 +232,12 @@ def contribute(
         base: The generator to start from, for ``weights`` and ``synthetic``: a folder or an object-store URI.
         work_path: Where work in progress lies; ``out_path/.work`` by default. What is learned there is removed once
             the package is finished.
-        key_path: The secret that pseudonyms are made with; it is made if it is absent, and stays at the site.
+        key_path: The secret that pseudonyms are made with; it is made if it is absent, and stays at the site. The
+            ledger of releases and the accounts of what was suppressed lie beside it, and stay there too.
         keys_path: The site's keyring; ``~/.config/gretfound/SITE`` by default.
         passphrase: The steward's.
         today: The day in UTC; the machine's by default.
+        min_patients_per_cell: Where the site asks for more patients than the disclosure policy does.
 
     Returns:
         The package, or the draft.
@@ -249,7 +255,12 @@ def contribute(
         raise ConfigError(f"--base is required for the form {form!r}: the generator to start from")
     ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
     today = today or datetime.now(UTC).date()
-    work_id = _digest_of_inputs(folder_path, site_id=site_id, form=form, policy=policy, recipe=recipe, base=base)[:12]
+    rules = disclosure.read_policy(policy.name)
+    if min_patients_per_cell is not None:
+        rules = rules.raised_to(min_patients_per_cell)
+    work_id = _digest_of_inputs(
+        folder_path, site_id=site_id, form=form, policy=policy, rules=rules, recipe=recipe, base=base
+    )[:12]
     package_path = out_path / f"{site_id}-{form}-{work_id}.age"
     draft_path = package_path.with_suffix(".tar")
     if package_path.exists():
@@ -262,41 +273,48 @@ def contribute(
         raise NotFit(examination.to_text(found), form)
     work_path = (work_path or out_path / ".work") / work_id
     staging_path = work_path / "package"
-    staging_path.mkdir(parents=True, exist_ok=True)
-    summary = metadata.summarise([each.cells for each in found.usable], min_patients=policy.min_patients_per_value)
-    _write_json(staging_path / "summary" / "metadata_summary.json", metadata.summary_to_json(summary))
+    key_path = key_path or _default_key_path(site_id)
+    ledger_path = key_path.with_suffix(".releases.json")
+    earlier = disclosure.read_ledger(ledger_path)
+    rows = [each.cells for each in found.usable]
+    made = disclosure.release(rows, policy=rules, earlier=earlier)
+    summary = made.summary
+    _stage_summary(staging_path, summary, rules)
     if form == "images":
-        key = _site_key(key_path or _default_key_path(site_id))
+        key = _site_key(key_path)
         tasks = [
             _Task(
                 path=each.path,
-                cells=_sent_cells(summary, each.cells, key),
+                cells=_sent_cells(told, each.cells, key),
                 site_id=site_id,
                 key=key,
                 jpeg_quality=recipe.jpeg_quality,
             )
-            for each in found.usable
+            for each, told in zip(found.usable, disclosure.told_rows(rows, summary, policy=rules), strict=True)
         ]
         _write_real_shards(tasks, staging_path / "shards", work_path, "de-identifying")
         base_sha256 = ""
     else:
-        adapter_path, base_path = _trained(found.usable, summary, work_path, recipe, base)
+        captioned = disclosure.caption_rows(rows, summary, policy=rules)
+        adapter_path, base_path = _trained(found.usable, captioned, work_path, recipe, base)
         base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
         _stage_training(work_path, staging_path, recipe)
         if form == "weights":
             shutil.copytree(adapter_path, staging_path / "weights", dirs_exist_ok=True)
         else:
             _draw_shards(summary, staging_path / "shards", work_path, site_id, recipe, base_path, adapter_path)
+    disclosure.enter(ledger_path, made, after=earlier)  # before the package is there: it could leave at once
+    _write_account(key_path.with_name(f"{package_path.stem}.disclosure"), made, rules)
     sealing.draft(
         staging_path,
         draft_path,
         site_id=site_id,
         form=form,
-        country=metadata.main_country(summary),
+        country=summary.country,
         policy=policy.stamp,
         base_sha256=base_sha256,
         num_images=len(found.usable) if form != "synthetic" else recipe.num_drawn,
-        num_patients=found.num_patients,
+        num_patients=None if found.num_patients is None else summary.num_patients,
         label=keyring.label(ring, today=today),
         container_key=signing.read_private_key(ring.private_path("container")),
         steward_public_key=keyring.approval_of(ring, "steward").public_key,
@@ -324,7 +342,14 @@ def _remembered(keys_path: Path, package_path: Path) -> Package:
 
 
 def _digest_of_inputs(
-    folder_path: Path, *, site_id: str, form: str, policy: SitePolicy, recipe: Recipe, base: str
+    folder_path: Path,
+    *,
+    site_id: str,
+    form: str,
+    policy: SitePolicy,
+    rules: disclosure.Policy,
+    recipe: Recipe,
+    base: str,
 ) -> str:
     root = folder_path / examination.FOLDER_NAME
     paths = sorted(path for path in root.rglob("*") if path.is_file())
@@ -340,6 +365,7 @@ def _digest_of_inputs(
             "site_id": site_id,
             "form": form,
             "policy": policy.stamp,
+            "disclosure": asdict(rules),
             "recipe": asdict(recipe),
             "base": storage.sha256_of(base_path / UNET_WEIGHTS) if base_path and is_local else base,
         }
@@ -429,14 +455,31 @@ def _row_of(task: _Task) -> dict[str, Any]:
     return shard.row_of(encoded, site_id=task.site_id, origin="real", cells=task.cells)
 
 
-def _sent_cells(summary: metadata.MetadataSummary, cells: dict[str, Any], key: bytes) -> dict[str, Any]:
-    """Returns the cells that leave with a photograph: released values, measurements, and the patient's pseudonym.
+def _stage_summary(staging_path: Path, summary: metadata.MetadataSummary, rules: disclosure.Policy) -> None:
+    """Puts the summary into the package; work that an interrupted run did by another summary is thrown away."""
+    content = metadata.to_bytes(summary)
+    path = staging_path / "summary" / "metadata_summary.json"
+    if path.exists() and path.read_bytes() != content:
+        shutil.rmtree(staging_path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    _write_json(path.with_name("disclosure_report.json"), disclosure.describe_for_hub(summary, policy=rules))
+
+
+def _write_account(path: Path, made: disclosure.Release, rules: disclosure.Policy) -> None:
+    """Writes for the security officer what was suppressed and why; it would help an attacker, so it is never packed."""
+    _write_json(path.with_name(f"{path.name}.json"), disclosure.describe(made, policy=rules))
+    path.with_name(f"{path.name}.txt").write_text(disclosure.to_text(made, policy=rules))
+
+
+def _sent_cells(told: dict[str, Any], cells: dict[str, Any], key: bytes) -> dict[str, Any]:
+    """Returns the cells that leave with a photograph: told values, measurements, and the patient's pseudonym.
 
     Free text that few patients share, visits and exact ages do not leave.
     """
     measured = {name: cells[name] for name in MEASUREMENTS if name in cells}
     person = {"patient": deidentify.pseudonym(key, cells["patient"])} if "patient" in cells else {}
-    return metadata.released_cells(summary, cells) | measured | person
+    return told | measured | person
 
 
 def _write_real_shards(tasks: Sequence[_Task], shards_path: Path, work_path: Path, doing: str) -> None:
@@ -463,9 +506,9 @@ def _pool(num_images: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def _trained(
-    photographs: Sequence[Usable], summary: metadata.MetadataSummary, work_path: Path, recipe: Recipe, base: str
+    photographs: Sequence[Usable], captioned: Sequence[dict[str, Any]], work_path: Path, recipe: Recipe, base: str
 ) -> tuple[Path, Path]:
-    """Fine-tunes the base on the photographs, with captions of released values alone.
+    """Fine-tunes the base on the photographs, with captions of the cells that disclosure control leaves.
 
     Returns:
         The adapter's folder and the base's.
@@ -474,8 +517,8 @@ def _trained(
 
     base_path = pipeline.fetch_base(base, hub_uri=None, folder_path=work_path / "base")
     tasks = [
-        _Task(path=each.path, cells=metadata.released_cells(summary, each.cells), site_id="", key=None, jpeg_quality=0)
-        for each in photographs
+        _Task(path=each.path, cells=cells, site_id="", key=None, jpeg_quality=0)
+        for each, cells in zip(photographs, captioned, strict=True)
     ]
     _write_real_shards(tasks, work_path / "photographs", work_path, "reading")
     metrics_path = work_path / "metrics.jsonl"
@@ -596,8 +639,13 @@ def _contribute(arguments: argparse.Namespace) -> int:
         key_path=arguments.key,
         keys_path=arguments.keys,
         passphrase=_passphrase(arguments.passphrase_file),
+        min_patients_per_cell=arguments.min_patients_per_cell,
     )
     print(_in_words(package), end="")
+    account_path = (arguments.key or _default_key_path(arguments.site_id)).with_name(
+        f"{package.path.stem}.disclosure.txt"
+    )
+    print(f"\nWhat the summary suppresses, and why, for your security officer (it stays here): {account_path}")
     return EXIT_FIT
 
 

@@ -167,7 +167,7 @@ def admit(
                 may_follow_lost=package_sha256 in follows_lost,
             )
             _require_policy(manifest, policy)
-            contribution = _publish(hub_uri, opened_path, manifest, package_sha256, recipe)
+            contribution = _publish(hub_uri, opened_path, manifest, package_sha256, recipe, policy)
         except ContributionRejected as error:
             message = str(error).removeprefix(f"{error.code}: ")
             if error.code == PREVIOUS_MISSING:  # it waits, and is no outcome
@@ -204,7 +204,9 @@ def _require_policy(manifest: "Manifest", policy: str) -> None:
         )
 
 
-def _publish(hub_uri: str, opened_path: Path, manifest: "Manifest", package_sha256: str, recipe: str) -> "Contribution":
+def _publish(
+    hub_uri: str, opened_path: Path, manifest: "Manifest", package_sha256: str, recipe: str, policy: str
+) -> "Contribution":
     from gretfound import lineage, storage
     from gretfound.lineage import Contribution, Site
 
@@ -225,7 +227,7 @@ def _publish(hub_uri: str, opened_path: Path, manifest: "Manifest", package_sha2
         num_patients=manifest.num_patients,
     )
     contribution = lineage.with_files(record, _files_of(kept_path))
-    _require_summary(kept_path / "summary" / "metadata_summary.json")
+    _require_summary(kept_path / "summary" / "metadata_summary.json", policy)
     if shard_paths:
         _publish_shards(hub_uri, shard_paths, contribution)
     else:
@@ -234,15 +236,16 @@ def _publish(hub_uri: str, opened_path: Path, manifest: "Manifest", package_sha2
     return storage.publish_folder(hub_uri, kept_path, record)
 
 
-def _require_summary(path: Path) -> None:
-    from gretfound import metadata
+def _require_summary(path: Path, policy: str) -> None:
+    from gretfound import disclosure, metadata
 
     try:
-        metadata.summary_from_json(json.loads(path.read_bytes()))
+        summary = metadata.summary_from_json(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ContributionRejected(
             "BAD_SUMMARY", "the metadata summary is not of this version; update gretfound-site and contribute again"
         ) from error
+    disclosure.check(summary, policies=[disclosure.read_policy(name) for name in sorted({"standard", policy})])
 
 
 def _files_of(folder_path: Path) -> "tuple[File, ...]":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gretfound import disclosure
 from gretfound.config import load
 from tests.conftest import ROOT
 
@@ -37,7 +38,14 @@ ROWS = [
     {"gretfound.duplicates", "gretfound.strongbox"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
     {"gretfound.storage"},
-    {"gretfound.deidentify", "gretfound.holdout", "gretfound.matching", "gretfound.phantom"},
+    {"gretfound.disclosure"},
+    {
+        "gretfound.attacker",
+        "gretfound.deidentify",
+        "gretfound.holdout",
+        "gretfound.matching",
+        "gretfound.phantom",
+    },
     {
         "gretfound.archive",
         "gretfound.averaging",
@@ -134,6 +142,9 @@ def test_conf__every_layer_loads_and_opens_with_its_command(layer: Path) -> None
         assert word.lower() in head.lower() or layer.parent.name == "scale", f"{layer.name} does not say its {word}"
     jobs_named = re.findall(r"jobs\.(\w+)", head) or (["demo"] if "make demo" in head else [])
     if layer.parent.name == "serve":
+        return
+    if layer.parent.name == "disclosure":
+        assert disclosure.read_policy(layer.stem).name == layer.stem
         return
     assert jobs_named, f"{layer.name} does not open with the command that reads it"
     schema = importlib.import_module(f"jobs.{jobs_named[0]}").Config

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from gretfound import metadata
 from tests.conftest import REAL_PHOTOGRAPHS
+from tests.summaries import summary_of
 
 COLUMN = {column.name: column for column in metadata.COLUMNS}
 
@@ -129,53 +129,38 @@ def test_arrow_values__every_field_and_no_other() -> None:
         metadata.arrow_values({"shoe_size": 43})
 
 
-def people(num: int) -> list[metadata.Cells]:
-    """Rows in which grade depends on age and sex is even, two photographs a person."""
-    rng = np.random.default_rng(0)
-    rows: list[metadata.Cells] = []
-    for person in range(num):
-        age = float(rng.integers(40, 80))
-        grade = int(rng.choice(5, p=(0.2, 0.2, 0.2, 0.2, 0.2) if age >= 60 else (0.6, 0.2, 0.1, 0.05, 0.05)))
-        cells = {"patient": f"p{person}", "age": age, "dr": grade, "dr_present": grade > 0}
-        rows += [{**cells, "sex": "female" if person % 2 else "male", "glaucoma": person % 5 == 0}] * 2
-    return rows
-
-
-def test_summarise__few_patients_are_left_out() -> None:
-    rows = [{"patient": f"p{place}", "camera": "Topcon"} for place in range(11)]
-    rows += [{"patient": f"q{place % 10}", "camera": "Rare"} for place in range(40)]  # 40 photographs of 10 people
-    summary = metadata.summarise(rows, min_patients=11)
-    assert "Topcon" in summary.counts["camera"] and "Rare" not in summary.counts["camera"]
-    assert summary.num_patients == 21
-    assert "Rare" not in json.dumps(metadata.summary_to_json(summary))
-
-
-def test_summarise__pairs_are_suppressed_too() -> None:
-    summary = metadata.summarise(people(150))
-    assert summary.pair_counts
-    for name, cells in summary.pair_counts.items():
-        first, second = name.split("*")
-        assert (first, second) in metadata.PAIRS
-        assert all(count >= 11 for *_, count in cells)
-
-
-def test_summarise__no_patient_in_the_release() -> None:
-    assert "p17" not in json.dumps(metadata.summary_to_json(metadata.summarise(people(100))))
-
-
 @pytest.mark.parametrize(("age", "band"), [(3, "<20"), (19.9, "<20"), (20, "20-24"), (89.5, "85-89"), (97, "90+")])
 def test_age_band__ends_are_merged(age, band) -> None:
     assert metadata.age_band(age) == band
 
 
 def test_summary_from_json__round_trip() -> None:
-    summary = metadata.summarise(people(100))
-    text = json.dumps(metadata.summary_to_json(summary), sort_keys=True)
+    rows: list[metadata.Cells] = [
+        {"sex": "female" if place % 3 else "male", "age": 20.0 + place} for place in range(60)
+    ]
+    summary = summary_of(rows)
+    assert summary.counts["sex"] == {"female": 40, "male": 20} and summary.pair_counts["sex*age_band"]
+    text = metadata.to_bytes(summary)
     again = metadata.summary_from_json(json.loads(text))
-    assert again == summary
-    assert json.dumps(metadata.summary_to_json(again), sort_keys=True) == text
+    assert again == summary and metadata.to_bytes(again) == text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"schema": "metadata-summary/1"}, {"rows": []}, {"num_patients": -1}, {"num_patients": True},
+        {"min_patients": None}, {"counts": {"sex": {"female": 1.5}}}, {"counts": []}, {"country": "x" * 65},
+        {"pair_counts": {"dr*sex": [["0", "female"]]}}, {"counts": {"camera": {"a\nb": 20}}},
+    ],
+)  # fmt: skip
+def test_summary_from_json__refuses_what_is_no_summary(damage: dict[str, object]) -> None:
+    content = metadata.summary_to_json(summary_of([{"sex": "female"}] * 20))
     with pytest.raises(ValueError, match="summary"):
-        metadata.summary_from_json({"schema": "other"})
+        metadata.summary_from_json(content | damage)
+
+
+def test_caption__says_no_measurement() -> None:
+    assert metadata.caption({"hba1c": 7.25, "sbp": 141.0, "diabetes": True}) == "colour fundus photograph, diabetes"
 
 
 def test_read_metadata__a_column_given_twice_is_an_error(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def write_staging(path: Path, *, size_bytes: int = 900) -> None:
     (path / "summary").mkdir()
     (path / "shards" / "part-00000.parquet").write_bytes(b"PAR1" + random.Random(0).randbytes(size_bytes))
     (path / "summary" / "metadata_summary.json").write_text('{"num_images":3}')
+    (path / "summary" / "disclosure_report.json").write_text("{}")
 
 
 def _identity(hub: Hub) -> pyrage.x25519.Identity:
@@ -157,7 +158,11 @@ def test_open_sealed__gives_back_what_was_sealed(known: Known, tmp_path: Path) -
     for each in manifest.files:
         assert (tmp_path / "opened" / each.path).read_bytes() == (known.staging / each.path).read_bytes()
     found = {path.relative_to(tmp_path / "opened").as_posix() for path in (tmp_path / "opened").rglob("*.*")}
-    assert found == {"shards/part-00000.parquet", "summary/metadata_summary.json"}
+    assert found == {
+        "shards/part-00000.parquet",
+        "summary/disclosure_report.json",
+        "summary/metadata_summary.json",
+    }
     with pytest.raises(ValueError, match="there already"):
         known.hub.open(known.package.path, tmp_path / "opened")
 
@@ -221,6 +226,7 @@ def test_draft__refuses_a_pickle_named_safetensors(known: Known, tmp_path: Path)
     for name, content in {
         "weights/adapter.safetensors": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os",
         "weights/adapter_config.json": b"{}",
+        "summary/disclosure_report.json": b"{}",
         "summary/metadata_summary.json": b"{}",
         "training/config.json": b"{}",
         "training/metrics.jsonl": b"{}",
@@ -573,6 +579,7 @@ for size in (2**20, 160 * 2**20):
     (staging / "shards").mkdir(parents=True)
     (staging / "summary").mkdir()
     (staging / "summary" / "metadata_summary.json").write_text("{}")
+    (staging / "summary" / "disclosure_report.json").write_text("{}")
     with (staging / "shards" / "part-00000.parquet").open("wb") as stream:
         stream.write(b"PAR1")
         stream.truncate(size)

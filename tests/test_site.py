@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -15,7 +16,7 @@ import pyrage
 import pytest
 import torch
 
-from gretfound import deidentify, metadata, phantom, sealing, site
+from gretfound import deidentify, disclosure, metadata, phantom, sealing, site
 from gretfound.generator import pipeline
 from tests import parties, tiny_generator
 from tests.parties import Hub
@@ -159,12 +160,46 @@ def test_main__contribute_tells_no_value_of_a_single_patient(
     assert b"Unique Word" not in _plain(_package_in(tmp_path / "out", hub), hub)
 
 
+def test_main__contribute_tells_by_disclosure_control_and_keeps_the_account(
+    site_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "traindata").symlink_to(site_path / "traindata")
+    lines = (site_path / "metadata.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "site" / "metadata.csv").write_text("".join(lines))
+    arguments = _arguments(tmp_path / "site", "images", tmp_path / "out")
+    assert site.main(arguments) == site.EXIT_FIT
+    first = _package_in(tmp_path / "out", hub)
+    hub.open(first.path, tmp_path / "opened")
+    content = (tmp_path / "opened" / "summary" / "metadata_summary.json").read_bytes()
+    summary = metadata.summary_from_json(json.loads(content))
+    disclosure.check(summary, policies=[disclosure.read_policy("demonstration")])
+    assert first.manifest.num_patients == summary.num_patients
+    (entered,) = disclosure.read_ledger(tmp_path / "site.releases.json")
+    assert entered.summary == summary
+    (account_path,) = tmp_path.glob("aster-images-*.disclosure.txt")
+    assert "stays at the site" in account_path.read_text()
+    assert {path.name for path in tmp_path.glob("*.json")} == {"site.releases.json", f"{account_path.stem}.json"}
+    assert b"stays_at_the_site" not in _plain(first, hub)
+
+    first.path.unlink()
+    (tmp_path / "site" / "metadata.csv").write_text("".join(lines[:-1]))  # one patient fewer, or a photograph
+    assert site.main(arguments) == site.EXIT_FIT
+    shutil.rmtree(tmp_path / "opened")
+    second = _package_in(tmp_path / "out", hub)
+    hub.open(second.path, tmp_path / "opened")
+    assert second.sha256 != first.sha256
+    assert (tmp_path / "opened" / "summary" / "metadata_summary.json").read_bytes() == content
+    assert site.main([*arguments, "--min-patients-per-cell", "1"]) == site.EXIT_USAGE
+
+
 def test_main__contribute_weights(site_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path) -> None:
     assert site.main(_arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path))) == site.EXIT_FIT
     manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
     assert rows == []
     assert manifest.base_sha256 == pipeline.unet_sha256(base_path)
     assert {file.path for file in manifest.files} == {
+        "summary/disclosure_report.json",
         "summary/metadata_summary.json",
         "training/config.json",
         "training/metrics.jsonl",

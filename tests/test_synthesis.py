@@ -10,6 +10,7 @@ from gretfound.config import load
 from gretfound.errors import ConfigError
 from gretfound.lineage import Generator, ShardSet
 from jobs import synthesize
+from tests import summaries
 from tests.tiny_generator import RESOLUTION_PX, publish_site, write_base
 
 
@@ -31,7 +32,7 @@ def test_result_settings__the_balance_names_the_recipe() -> None:
 
 def test_make_wishes__follow_the_summary_and_differ_between_parts() -> None:
     rows = [{"patient": f"p{i}", "sex": "female" if i % 4 else "male", "dr": i % 2, "age": 50.0} for i in range(80)]
-    groups = matching.fit_groups(metadata.summarise(rows, min_patients=1), balance={})
+    groups = matching.fit_groups(summaries.summary_of(rows), balance={})
     parts = [
         synthesis.Part(
             generator_id="generator-0", contribution_id="contribution-0", site_id="aster", run_uri="runs/x",

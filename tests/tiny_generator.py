@@ -9,6 +9,7 @@ import torch
 from gretfound import fundus, metadata, phantom, shard, storage
 from gretfound.generator import pipeline
 from gretfound.lineage import Contribution, Generator, ShardSet
+from tests import summaries
 
 RESOLUTION_PX = 32
 
@@ -67,7 +68,7 @@ def publish_site(
     cells = [cells_of(seed, site_id) for seed in range(num_images)]
     summary_path = folder_path / "summary" / "metadata_summary.json"
     summary_path.parent.mkdir(parents=True)
-    summary_path.write_bytes(metadata.to_bytes(metadata.summarise(cells, min_patients=1)))
+    summary_path.write_bytes(metadata.to_bytes(summaries.summary_of(cells)))
     contribution = storage.publish_folder(
         hub_uri,
         folder_path,

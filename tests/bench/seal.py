@@ -62,6 +62,7 @@ class Bench:
         (staging / "shards").mkdir(parents=True)
         (staging / "summary").mkdir()
         (staging / "summary" / "metadata_summary.json").write_text("{}")
+        (staging / "summary" / "disclosure_report.json").write_text("{}")
         content = b"PAR1" + np.random.default_rng(0).bytes(size_bytes - 4)
         (staging / "shards" / "part-00000.parquet").write_bytes(content)
         draft, plain = self._folder / "x.tar", self._folder / "x.plain"

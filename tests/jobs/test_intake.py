@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from gretfound import fundus, lineage, metadata, phantom, shard, storage
+from gretfound import fundus, lineage, phantom, shard, storage
+from gretfound.disclosure import Policy
 from gretfound.errors import ConfigError, ContributionRejected, LineageError
 from gretfound.generator import pipeline
 from gretfound.keyring import Keyring
 from gretfound.lineage import Contribution, Generator, ShardSet, Site
 from jobs import intake, ledger, withdraw_site
-from tests import parties, tiny_generator
+from tests import parties, summaries, tiny_generator
 from tests.parties import Hub
 
 SIZE_PX = 64
@@ -44,14 +45,14 @@ def _terms(form: str, num_images: int, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def _write_summary(staging_path: Path, num_images: int) -> None:
-    summary = metadata.summarise([{"sex": "female"}] * num_images, min_patients=1)
-    (staging_path / "summary").mkdir(parents=True, exist_ok=True)
-    (staging_path / "summary" / "metadata_summary.json").write_bytes(metadata.to_bytes(summary))
-
-
 def _image_package(
-    path: Path, *, num_images: int = 4, num_damaged: int = 0, first_seed: int = 0, **changes: Any
+    path: Path,
+    *,
+    num_images: int = 4,
+    num_damaged: int = 0,
+    first_seed: int = 0,
+    told_by: Policy | None = None,
+    **changes: Any,
 ) -> Path:
     staging_path = path.with_suffix("")
     (staging_path / "shards").mkdir(parents=True)
@@ -63,7 +64,7 @@ def _image_package(
             row["image"] = row["image"][:200]
         rows.append(row)
     shard.write_shard_file(staging_path / "shards" / "part-00000.parquet", rows)
-    _write_summary(staging_path, num_images)
+    summaries.write_summary(staging_path, [{"sex": "female"}] * num_images, policy=told_by)
     return _seal(staging_path, path, **_terms("images", num_images, **changes))
 
 
@@ -96,7 +97,7 @@ def _weights_package(path: Path, base_path: Path, *, rank: int = 2, stated_rank:
     staging_path.mkdir(parents=True)
     tensors = pipeline.adapter_tensors(dict(unet.named_parameters()), method="lora")
     pipeline.save_adapter(staging_path / "weights", tensors=tensors, terms=terms)
-    _write_summary(staging_path, 9)
+    summaries.write_summary(staging_path, [{"sex": "female"}] * 9)
     (staging_path / "training").mkdir()
     (staging_path / "training" / "config.json").write_text("{}")
     (staging_path / "training" / "metrics.jsonl").write_text('{"images_seen":64,"loss":0.5}\n')
@@ -116,6 +117,18 @@ def _records(hub_uri: str) -> list[str]:
 def _events(hub_uri: str) -> list[tuple[str, str]]:
     entries = [entry for entry in storage.read_ledger(hub_uri) if entry["event"] != "roster"]
     return [(entry["event"], entry["details"]["code"]) for entry in entries]
+
+
+@pytest.mark.parametrize("policy", ["standard", "demonstration"])
+def test_main__refuses_a_summary_of_another_disclosure_policy_or_that_breaks_its_own(
+    hub_uri: str, tmp_path: Path, policy: str
+) -> None:
+    # The second site changed its own policy file: one patient is enough.
+    told_by = {"standard": None, "demonstration": summaries.policy_of(1)}[policy]
+    path = _image_package(tmp_path / "package.age", told_by=told_by, policy="standard/1")
+    code = {"standard": "POLICY: its summary", "demonstration": "DISCLOSURE: its summary"}[policy]
+    with pytest.raises(ContributionRejected, match=code):
+        intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", f"policy={policy}"])
 
 
 def test_main__admits_photographs(hub_uri: str, tmp_path: Path) -> None:
