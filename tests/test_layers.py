@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
+    {"gretfound.outgoing"},
     {
         "gretfound.generator_evaluation",
         "gretfound.keyring",
@@ -38,11 +39,14 @@ ROWS = [
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
     {"gretfound.storage"},
     {"gretfound.deidentify", "gretfound.holdout", "gretfound.matching", "gretfound.phantom"},
+    {"gretfound.dicom", "gretfound.lettering"},
     {
         "gretfound.archive",
         "gretfound.averaging",
         "gretfound.capacity",
         "gretfound.fundus",
+        "gretfound.identifiers",
+        "gretfound.isolation",
         "gretfound.lineage",
         "gretfound.metadata",
         "gretfound.signing",
