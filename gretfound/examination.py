@@ -140,12 +140,14 @@ class ColumnCount:
 class Usable:
     """A photograph that a contribution takes: readable, listed once, not a copy, not marked as a reject.
 
-    ``cells`` are those of its row, and of its DICOM header where the row is blank.
+    ``cells`` are those of its row, and of its DICOM header where the row is blank. ``row`` is its line in
+    ``metadata.csv``, the header being line 1; without such a file, its place in the order of names, from 1.
     """
 
     path: Path
     image_id: str
     cells: dict[str, Any]
+    row: int
     is_dicom: bool = False
 
 
@@ -197,6 +199,7 @@ def examine(
     table = _read_table(folder_path, findings, is_required=not headers)
     rows = _rows_by_image(table, findings) if table is not None else {name: {} for name in headers}
     names = {photograph.name for photograph in photographs}
+    lines = {row.image: row.line for row in reversed(table.rows)} if table is not None else {}
     _note_photographs(photographs, findings)
     _note_rows(rows, names, has_table=table is not None, findings=findings)
     copies = _exact_duplicates(photographs, findings)
@@ -216,9 +219,10 @@ def examine(
             path=folder_path / FOLDER_NAME / photograph.name,
             image_id=photograph.image_id,
             cells=photograph.cells | rows[photograph.name],
+            row=lines.get(photograph.name, place),
             is_dicom=photograph.is_dicom,
         )
-        for photograph in photographs
+        for place, photograph in enumerate(photographs, start=1)
         if not photograph.fault
         and photograph.name not in copies
         and photograph.name in rows

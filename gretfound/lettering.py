@@ -67,7 +67,7 @@ class Line:
 
     @property
     def is_shaped_as_text(self) -> bool:
-        """Whether the detector alone is sure: no vessel, lesion or disc of 589 photographs was seen to be so.
+        """Whether the detector alone is sure: no vessel, lesion or disc of 324 photographs was seen to be so.
 
         This is what finds writing that the recogniser cannot read.
         """

@@ -1,7 +1,7 @@
 """A site's photographs on their way out: each made anew, those that may not leave kept back and counted by reason.
 
 Work that is done is found again, so an interruption costs the photographs that were in hand. Nothing here names a file:
-a photograph is its place in the order of the folder.
+a photograph is its line in metadata.csv.
 """
 
 import datetime
@@ -20,18 +20,20 @@ from gretfound.examination import Finding, Usable
 
 _CHARACTERISTICS = ("age", "sex", "ethnicity")
 _TEXT_CELLS = ("camera", "country", "ethnicity")
-_MAX_PLACES_SHOWN = 20
+_MAX_ROWS_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of one photograph; JSON in the work folder, so it holds pseudonyms only.
 
-    ``code`` is blank where it may leave, else a key of `deidentify.KEPT_BACK` or `deidentify.REFUSED`. ``study`` groups
-    what is kept back together, ``visit`` is the pseudonym that leaves, blank where no header names a study.
+    ``place`` counts the photographs that were given, from 0; ``row`` is `Usable.row`. ``code`` is blank where it may
+    leave, else a key of `deidentify.KEPT_BACK` or `deidentify.REFUSED`. ``study`` groups what is kept back together,
+    ``visit`` is the pseudonym that leaves, blank where no header names a study.
     """
 
     place: int
+    row: int
     source_sha256: str
     code: str
     study: str
@@ -54,20 +56,20 @@ class Prepared:
         return [outcome for outcome in self.outcomes if not outcome.code]
 
     def findings(self) -> list[Finding]:
-        """What was left out and why, in words for the data manager: counts and places, no names."""
+        """What was left out and why, in words for the data manager: counts and lines, no names."""
         counts = Counter(outcome.code for outcome in self.outcomes if outcome.code)
         words = deidentify.KEPT_BACK | deidentify.REFUSED
         findings = []
         for code, count in sorted(counts.items()):
-            places = [outcome.place + 1 for outcome in self.outcomes if outcome.code == code]
-            shown = ", ".join(f"{place:,}" for place in places[:_MAX_PLACES_SHOWN])
-            more = f" and {len(places) - _MAX_PLACES_SHOWN:,} more" if len(places) > _MAX_PLACES_SHOWN else ""
+            rows = [outcome.row for outcome in self.outcomes if outcome.code == code]
+            shown = ", ".join(str(row) for row in rows[:_MAX_ROWS_SHOWN])
+            more = f" and {len(rows) - _MAX_ROWS_SHOWN:,} more" if len(rows) > _MAX_ROWS_SHOWN else ""
             lane = "kept back" if code in deidentify.KEPT_BACK else "refused"
             findings.append(
                 Finding(
                     headline=f"{count:,} photograph{'' if count == 1 else 's'} {lane}: {code}",
                     advice=f"{words[code][0].upper()}{words[code][1:]}.",
-                    details=(f"in the order of the folder: {shown}{more}",),
+                    details=(f"lines of metadata.csv (without one, in the order of names): {shown}{more}",),
                 )
             )
         return findings
@@ -105,7 +107,7 @@ def prepare(
             known = digests[photograph.path]
             done_path = folder_path / f"{known}.json"
             if done_path.exists():
-                return replace(Outcome(**json.loads(done_path.read_bytes())), place=place)
+                return replace(Outcome(**json.loads(done_path.read_bytes())), place=place, row=photograph.row)
             outcome, picture = _outcome_of(
                 processes,
                 photograph,
@@ -140,9 +142,9 @@ def sent_facts(outcome: Outcome, cells: Mapping[str, Any]) -> dict[str, Any]:
 
 def ledger_text(prepared: Prepared) -> str:
     """Returns what became of each photograph as CSV, by which the site finds a photograph again that it sent."""
-    lines = ["place,source_sha256,outcome,image_id"]
+    lines = ["row,source_sha256,outcome,image_id"]
     lines += [
-        f"{each.place + 1},{each.source_sha256},{each.code or 'LEAVES'},{'' if each.code else each.image_id}"
+        f"{each.row},{each.source_sha256},{each.code or 'LEAVES'},{'' if each.code else each.image_id}"
         for each in prepared.outcomes
     ]
     return "\n".join(lines) + "\n"
@@ -167,7 +169,7 @@ def _outcome_of(
     except OSError:
         encoded = b""
     if hashlib.sha256(encoded).hexdigest() != known_sha256:
-        return Outcome(place=place, source_sha256=known_sha256, code="CHANGED", study=""), b""
+        return Outcome(place=place, row=photograph.row, source_sha256=known_sha256, code="CHANGED", study=""), b""
     made = deidentify.rematerialise(
         processes,
         encoded,
@@ -179,6 +181,7 @@ def _outcome_of(
     suffix = "jpg" if jpeg_quality else "png"
     outcome = Outcome(
         place=place,
+        row=photograph.row,
         source_sha256=known_sha256,
         code=made.code,
         study=deidentify.uid_pseudonym(key, made.study or own_study),

@@ -30,11 +30,15 @@ def folder(path: Path) -> list[examination.Usable]:
         file_path = path / "traindata" / f"Quillfeather{place}.dcm"
         file_path.parent.mkdir(parents=True, exist_ok=True)
         file_path.write_bytes(dicoms.encoded(dataset))
-        made.append(examination.Usable(path=file_path, image_id="", cells={"patient": patient, "camera": "Topcon"}))
+        made.append(
+            examination.Usable(
+                path=file_path, image_id="", cells={"patient": patient, "camera": "Topcon"}, row=place + 2
+            )
+        )
     lettered = Image.fromarray(dicoms.photograph(480, 600))
     ImageDraw.Draw(lettered).text((200, 220), "DOE JANE", fill="white", font=ImageFont.truetype(str(font_path()), 28))
     lettered.save(path / "traindata" / "7.png")
-    made.append(examination.Usable(path=path / "traindata" / "7.png", image_id="", cells={"patient": "P4"}))
+    made.append(examination.Usable(path=path / "traindata" / "7.png", image_id="", cells={"patient": "P4"}, row=8))
     return made
 
 
@@ -80,10 +84,10 @@ def test_prepare__findings_count_by_reason_and_name_nobody(
     _, _, result = first
     (finding,) = result.findings()
     assert finding.headline == "1 photograph kept back: TEXT_FOUND"
-    assert finding.details == ("in the order of the folder: 7",)
+    assert finding.details == ("lines of metadata.csv (without one, in the order of names): 8",)
     text = outgoing.ledger_text(result)
-    assert text.splitlines()[0] == "place,source_sha256,outcome,image_id"
-    assert text.splitlines()[7].endswith(",TEXT_FOUND,")
+    assert text.splitlines()[0] == "row,source_sha256,outcome,image_id"
+    assert text.splitlines()[7].startswith("8,") and text.splitlines()[7].endswith(",TEXT_FOUND,")
     assert "Quillfeather" not in text and "P1" not in text
 
 
@@ -128,7 +132,7 @@ def test_prepare__visit_that_is_a_date(tmp_path: Path) -> None:
         ("20210704", datetime.date(2021, 7, 4)),
         ("V1", None),
     ):
-        usable = examination.Usable(path=picture, image_id="", cells={"patient": "P9", "visit": visit})
+        usable = examination.Usable(path=picture, image_id="", cells={"patient": "P9", "visit": visit}, row=2)
         digests = {picture: hashlib.sha256(picture.read_bytes()).hexdigest()}
         result = outgoing.prepare(
             [usable], root_path=tmp_path, digests=digests, key=KEY, work_path=tmp_path / visit, jpeg_quality=90
