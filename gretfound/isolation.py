@@ -125,6 +125,8 @@ class _Process:
             "MALLOC_ARENA_MAX": "1",
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
+            "ARROW_NUM_THREADS": "1",
         }
         kept = {name: os.environ[name] for name in os.environ if name.startswith("OPENBLAS_")}
         self._process = subprocess.Popen(
