@@ -7,11 +7,9 @@ import base64
 import csv
 import dataclasses
 import logging
-import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from gretfound import fundus, metadata
+from gretfound import deidentify, dicom, fundus, isolation, metadata
 
 log = logging.getLogger(__name__)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", *dicom.SUFFIXES)
 FOLDER_NAME = "traindata"
 METADATA_NAME = "metadata.csv"
 DETAIL_PX = 48
@@ -87,7 +85,10 @@ POLICIES = {policy.name: policy for policy in (STANDARD, DEMONSTRATION)}
 
 @dataclass(frozen=True, kw_only=True)
 class Photograph:
-    """One image file; ``fault`` says in words why it cannot be read, and then nothing else is known of it."""
+    """One image file; ``fault`` says in words why it cannot be used, and then nothing else is known of it.
+
+    ``cells`` are the canonical metadata cells that a DICOM header gives.
+    """
 
     name: str
     size_bytes: int
@@ -97,6 +98,8 @@ class Photograph:
     height_px: int = 0
     has_field_of_view: bool = False
     quality: float = 0.0
+    is_dicom: bool = False
+    cells: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     detail: Detail | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
@@ -131,11 +134,17 @@ class ColumnCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Usable:
-    """A photograph that a contribution takes: readable, listed once, not a copy, not marked as a reject."""
+    """A photograph that a contribution takes: readable, listed once, not a copy, not marked as a reject.
+
+    ``cells`` are those of its row, and of its DICOM header where the row is blank. ``row`` is its line in
+    ``metadata.csv``, the header being line 1; without such a file, its place in the order of names, from 1.
+    """
 
     path: Path
     image_id: str
     cells: dict[str, Any]
+    row: int
+    is_dicom: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +191,11 @@ def examine(
     findings: list[Finding] = []
     paths = _image_paths(folder_path, findings)
     photographs = _measured(folder_path / FOLDER_NAME, paths, num_processes, on_progress)
-    table = _read_table(folder_path, findings)
-    rows = _rows_by_image(table, findings)
+    headers = {photograph.name: photograph.cells for photograph in photographs if photograph.is_dicom}
+    table = _read_table(folder_path, findings, is_required=not headers)
+    rows = _rows_by_image(table, findings) if table is not None else {name: {} for name in headers}
     names = {photograph.name for photograph in photographs}
+    lines = {row.image: row.line for row in reversed(table.rows)} if table is not None else {}
     _note_photographs(photographs, findings)
     _note_rows(rows, names, has_table=table is not None, findings=findings)
     copies = _exact_duplicates(photographs, findings)
@@ -203,9 +214,11 @@ def examine(
         Usable(
             path=folder_path / FOLDER_NAME / photograph.name,
             image_id=photograph.image_id,
-            cells=rows[photograph.name],
+            cells=photograph.cells | rows[photograph.name],
+            row=lines.get(photograph.name, place),
+            is_dicom=photograph.is_dicom,
         )
-        for photograph in photographs
+        for place, photograph in enumerate(photographs, start=1)
         if not photograph.fault
         and photograph.name not in copies
         and photograph.name in rows
@@ -219,8 +232,16 @@ def examine(
                 advice="They are left out of a contribution.",
             )
         )
+    if any(photograph.is_dicom for photograph in usable):
+        findings.append(
+            Finding(
+                headline=f"{_counted(sum(photograph.is_dicom for photograph in usable), 'DICOM photograph')}",
+                advice="They are taken for the form images, and left out of weights and synthetic. What their headers "
+                f"say is used where {METADATA_NAME} is blank.",
+            )
+        )
     num_patients, num_eyes = _people(usable)
-    fitness = _fitness(usable, num_patients, policy, is_blocked=any(finding.is_blocking for finding in findings))
+    fitness = _fitness(usable, policy, is_blocked=any(finding.is_blocking for finding in findings))
     return Examination(
         folder_path=folder_path,
         policy=policy,
@@ -231,6 +252,26 @@ def examine(
         usable=usable,
         near_duplicates=near_duplicates,
         num_exact_duplicates=len(copies),
+        num_patients=num_patients,
+        num_eyes=num_eyes,
+    )
+
+
+def narrowed(examination: Examination, usable: Sequence[Usable], findings: Sequence[Finding] = ()) -> Examination:
+    """Returns the examination of a folder as if it held no other usable photographs, and its fitness judged again.
+
+    Args:
+        examination: What `examine` found.
+        usable: Those of its usable photographs that stay.
+        findings: Why the others do not, to be told beside the rest.
+    """
+    is_blocked = any(finding.is_blocking for finding in examination.findings)
+    num_patients, num_eyes = _people(usable)
+    return dataclasses.replace(
+        examination,
+        usable=tuple(usable),
+        findings=(*examination.findings, *findings),
+        fitness=_fitness(usable, examination.policy, is_blocked=is_blocked),
         num_patients=num_patients,
         num_eyes=num_eyes,
     )
@@ -252,8 +293,8 @@ def _image_paths(folder_path: Path, findings: list[Finding]) -> list[Path]:
         )
         return []
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    others = [path.relative_to(root).as_posix() for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES or _is_unnamed_dicom(path)]
+    others = [path.relative_to(root).as_posix() for path in sorted(set(files) - set(paths))]
     if others:
         findings.append(
             Finding(
@@ -273,47 +314,60 @@ def _image_paths(folder_path: Path, findings: list[Finding]) -> list[Path]:
     return paths
 
 
+def _is_unnamed_dicom(path: Path) -> bool:
+    """Archives export DICOM files without an ending."""
+    if path.suffix and not path.suffix[1:].isdigit():
+        return False
+    with path.open("rb") as stream:
+        return dicom.is_dicom(stream.read(132))
+
+
 def _measured(
     root: Path, paths: Sequence[Path], num_processes: int, on_progress: Callable[[int, int], None] | None
 ) -> list[Photograph]:
+    cores = num_processes or len(os.sched_getaffinity(0))
+    num_processes = 1 if len(paths) < MIN_PHOTOGRAPHS_FOR_POOL else cores
     photographs: list[Photograph] = []
-
-    def collect(measured: Iterable[Photograph]) -> None:
-        for photograph in measured:
+    with isolation.Pool(
+        "gretfound.examination:answer", num_processes=num_processes, limits=deidentify.LIMITS
+    ) as processes:
+        for photograph in processes.map(lambda path: _measure(processes, root, path), paths):
             photographs.append(photograph)
             if on_progress is not None:
                 on_progress(len(photographs), len(paths))
-
-    tasks = [(root, path) for path in paths]
-    if len(paths) < MIN_PHOTOGRAPHS_FOR_POOL or num_processes == 1:
-        collect(map(_measure, tasks))
-        return photographs
-    num_processes = num_processes or len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        collect(pool.map(_measure, tasks, chunksize=8))
     return photographs
 
 
-def _measure(task: tuple[Path, Path]) -> Photograph:
-    root, path = task
+def _measure(processes: isolation.Pool, root: Path, path: Path) -> Photograph:
     name, size_bytes = path.relative_to(root).as_posix(), path.stat().st_size
+    if size_bytes > dicom.MAX_ENCODED_BYTES:
+        return Photograph(name=name, size_bytes=size_bytes, fault=deidentify.REFUSED["TOO_LARGE"])
     try:
-        image = fundus.decode_photograph(path.read_bytes())
-    except fundus.UnreadablePhotograph as error:
-        return Photograph(name=name, size_bytes=size_bytes, fault=str(error).partition(": ")[2])
+        facts, detail = processes.run({}, path.read_bytes())
+    except isolation.BeyondLimits:
+        return Photograph(name=name, size_bytes=size_bytes, fault=deidentify.REFUSED["BEYOND_LIMITS"])
     except OSError as error:
         return Photograph(name=name, size_bytes=size_bytes, fault=error.strerror or "cannot be opened")
+    found = np.frombuffer(detail, dtype=np.float16) if detail else None
+    return Photograph(name=name, size_bytes=size_bytes, detail=found, **facts)
+
+
+def answer(_: dict[str, Any], encoded: bytes) -> isolation.Answer:
+    """The work of the isolated process: measures one photograph; the fields of `Photograph`, and its detail's bytes."""
+    try:
+        image, header = deidentify.read_source(encoded)
+    except fundus.UnreadablePhotograph as error:
+        return {"fault": str(error).partition(": ")[2]}, b""
     field_of_view = fundus.find_field_of_view(image)
-    return Photograph(
-        name=name,
-        size_bytes=size_bytes,
-        image_id=fundus.pixel_digest(image),
-        width_px=image.shape[1],
-        height_px=image.shape[0],
-        has_field_of_view=field_of_view is not None,
-        quality=fundus.quality_score(image, field_of_view),
-        detail=_detail(image, field_of_view),
-    )
+    return {
+        "image_id": fundus.pixel_digest(image),
+        "width_px": image.shape[1],
+        "height_px": image.shape[0],
+        "has_field_of_view": field_of_view is not None,
+        "quality": fundus.quality_score(image, field_of_view),
+        "is_dicom": dicom.is_dicom(encoded),
+        "cells": header.cells,
+    }, _detail(image, field_of_view).tobytes()
 
 
 def _detail(image: fundus.Photograph, field_of_view: fundus.FieldOfView | None) -> Detail:
@@ -425,8 +479,16 @@ def _column_counts(table: metadata.MetadataTable | None) -> tuple[ColumnCount, .
     )
 
 
-def _read_table(folder_path: Path, findings: list[Finding]) -> metadata.MetadataTable | None:
+def _read_table(folder_path: Path, findings: list[Finding], *, is_required: bool) -> metadata.MetadataTable | None:
     path = folder_path / METADATA_NAME
+    if not path.is_file() and not is_required:
+        findings.append(
+            Finding(
+                headline=f"there is no {METADATA_NAME}: every DICOM photograph is taken, as its header describes it",
+                advice="Put one there if some of them may not be used, or if you know more than the headers say.",
+            )
+        )
+        return None
     if not path.is_file():
         findings.append(
             Finding(
@@ -459,9 +521,7 @@ def _read_table(folder_path: Path, findings: list[Finding]) -> metadata.Metadata
     return table
 
 
-def _rows_by_image(table: metadata.MetadataTable | None, findings: list[Finding]) -> dict[str, dict[str, Any]]:
-    if table is None:
-        return {}
+def _rows_by_image(table: metadata.MetadataTable, findings: list[Finding]) -> dict[str, dict[str, Any]]:
     counts = Counter(row.image for row in table.rows)
     repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
@@ -512,9 +572,7 @@ def _people(usable: Sequence[Usable]) -> tuple[int | None, int | None]:
     return len(patients), None if any(eye is None for _, eye in eyes) else len(eyes)
 
 
-def _fitness(
-    usable: Sequence[Usable], num_patients: int | None, policy: SitePolicy, *, is_blocked: bool
-) -> tuple[Fitness, ...]:
+def _fitness(usable: Sequence[Usable], policy: SitePolicy, *, is_blocked: bool) -> tuple[Fitness, ...]:
     needs = {
         "weights": (policy.min_images_to_train, policy.min_patients_to_train),
         "images": (policy.min_images_to_send, policy.min_patients_to_send),
@@ -522,17 +580,19 @@ def _fitness(
     }
     verdicts = []
     for form, (min_images, min_patients) in needs.items():
+        taken = [photograph for photograph in usable if form == "images" or not photograph.is_dicom]
+        num_patients, _ = _people(taken)
         faults = []
         if is_blocked:
             faults.append("Something essential is missing; see below.")
-        elif len(usable) < min_images:
-            faults.append(f"Found {len(usable):,} usable photographs; needs {min_images:,}.")
+        elif len(taken) < min_images:
+            faults.append(f"Found {len(taken):,} usable photographs; needs {min_images:,}.")
         elif min_patients and num_patients is None:
             faults.append(f"Needs {min_patients:,} patients; the column Patient does not say how many there are.")
         elif num_patients is not None and num_patients < min_patients:
             faults.append(f"Found {num_patients:,} patients; needs {min_patients:,}.")
         people = f" of {num_patients:,} patients" if num_patients is not None else ""
-        reason = " ".join(faults) or f"{len(usable):,} photographs{people} can be used."
+        reason = " ".join(faults) or f"{len(taken):,} photographs{people} can be used."
         verdicts.append(Fitness(form=form, is_fit=not faults, reason=reason))
     return tuple(verdicts)
 
@@ -640,7 +700,7 @@ def _charts(examination: Examination) -> list[tuple[str, list[tuple[str, int, fl
 
 
 def _side(folder_path: Path, name: str) -> dict[str, str]:
-    image = fundus.decode_photograph((folder_path / FOLDER_NAME / name).read_bytes())
+    image, _ = deidentify.read_source((folder_path / FOLDER_NAME / name).read_bytes())
     step = max(1, min(image.shape[:2]) // THUMBNAIL_PX)
     small = np.ascontiguousarray(image[::step, ::step])
     return {"name": name, "jpeg": base64.b64encode(fundus.encode_jpeg(small, quality=85)).decode()}

@@ -8,11 +8,12 @@ import io
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 Photograph = npt.NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "TIFF")
@@ -50,7 +51,8 @@ class FieldOfView:
 def decode_photograph(encoded: bytes) -> Photograph:
     """Decodes a JPEG, PNG or TIFF photograph the right way up.
 
-    Sixteen-bit images are scaled, never clipped; transparency is laid on black; the ICC profile is not applied.
+    Sixteen-bit images are scaled, never clipped; transparency is laid on black; colours are those of the ICC profile
+    where there is one, in sRGB.
 
     Raises:
         UnreadablePhotograph: If the bytes are of another format, too large, truncated, or hold several frames.
@@ -68,7 +70,9 @@ def decode_photograph(encoded: bytes) -> Photograph:
         ) from error
     except Image.DecompressionBombError as error:
         raise UnreadablePhotograph("TOO_MANY_PIXELS", f"required at most {MAX_PIXELS:,} pixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except MemoryError as error:
+        raise UnreadablePhotograph("BEYOND_LIMITS", "opening it takes more memory than a photograph needs") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, UnreadablePhotograph):
             raise
         raise UnreadablePhotograph(
@@ -126,19 +130,51 @@ def _decoded(opened: Image.Image) -> Photograph:
     if getattr(opened, "n_frames", 1) != 1:
         raise UnreadablePhotograph("SEVERAL_FRAMES", f"found {opened.n_frames} frames; required one")  # type: ignore[attr-defined]
     opened.load()
+    profile = opened.info.get("icc_profile")
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith(("I", "F")):
-        levels = np.asarray(upright, dtype=np.float64)
+        levels = np.clip(np.asarray(upright), 0, 65_535).astype(np.uint16)
         # The depth is not stored in the file: cameras write 8, 12 or 16 bits into sixteen.
-        top = next(limit for limit in (255.0, 4095.0, math.inf) if levels.max() <= limit)
-        top = 65_535.0 if math.isinf(top) else top
-        grey = np.clip(levels * (255.0 / top), 0, 255).round().astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        top = next(limit for limit in (255, 4095, 65_535) if levels.max() <= limit)
+        return np.repeat(to_eight_bits(levels, top)[:, :, None], 3, axis=2)
     if "A" in upright.mode or "transparency" in upright.info:
         with_alpha = upright.convert("RGBA")
         black = Image.new("RGBA", with_alpha.size, (0, 0, 0, 255))
         upright = Image.alpha_composite(black, with_alpha)
-    return np.array(upright.convert("RGB"))
+    if upright.mode == "CMYK" and profile:
+        return np.array(_in_srgb(upright, profile))
+    image = np.array(upright.convert("RGB"))
+    return to_srgb(image, profile) if profile and upright.mode not in ("L", "LA", "1") else image
+
+
+def to_eight_bits(levels: npt.NDArray[np.unsignedinteger[Any]], top: int) -> npt.NDArray[np.uint8]:
+    """Scales levels of 0 to ``top`` to 0 to 255, rounded; none may be above ``top``, at most 65,535."""
+    table: npt.NDArray[np.uint8] = (np.arange(top + 1) * (255.0 / top)).round().astype(np.uint8)
+    scaled: npt.NDArray[np.uint8] = table[levels]
+    return scaled
+
+
+def to_srgb(image: Photograph, profile: bytes) -> Photograph:
+    """Converts colours that an ICC profile describes to sRGB.
+
+    Raises:
+        UnreadablePhotograph: If the profile is damaged or not one of RGB colours.
+    """
+    if b"sRGB" in profile[:4096]:  # what nearly every camera writes: nothing to convert
+        return image
+    return np.array(_in_srgb(Image.fromarray(image), profile))
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    try:
+        described = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(image, described, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise UnreadablePhotograph(
+            "BAD_PROFILE", "its colour profile is damaged or does not fit; export it again without one"
+        ) from error
+    assert converted is not None  # it is only where the conversion is in place
+    return converted
 
 
 def encode_jpeg(image: Photograph, quality: int = 95) -> bytes:

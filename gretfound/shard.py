@@ -33,6 +33,8 @@ SCHEMA = pa.schema(
         pa.field("fov_y_px", pa.float32()),
         pa.field("fov_radius_px", pa.float32()),
         pa.field("quality", pa.float32()),
+        pa.field("shifted_year", pa.int16()),
+        pa.field("deid_methods", pa.string()),
         *metadata.ARROW_FIELDS,
     ]
 )
@@ -47,6 +49,8 @@ def row_of(
     generator_id: str | None = None,
     seed: int | None = None,
     prompt: str | None = None,
+    shifted_year: int | None = None,
+    deid_methods: str | None = None,
 ) -> dict[str, Any]:
     """Decodes a photograph, measures it and returns its row.
 
@@ -59,6 +63,8 @@ def row_of(
         generator_id: The generator that drew it, for a synthetic one.
         seed: The seed that it was drawn with.
         prompt: The caption that it was drawn for.
+        shifted_year: Year of the photograph after the shift of its patient's dates, for a real one.
+        deid_methods: How it was de-identified: the policy and DICOM's method codes, for a real one.
 
     Raises:
         fundus.UnreadablePhotograph: If it cannot be decoded.
@@ -80,6 +86,8 @@ def row_of(
         "fov_y_px": field_of_view.y_px if field_of_view else None,
         "fov_radius_px": field_of_view.radius_px if field_of_view else None,
         "quality": fundus.quality_score(image, field_of_view),
+        "shifted_year": shifted_year,
+        "deid_methods": deid_methods,
     }
 
 

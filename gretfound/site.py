@@ -33,6 +33,7 @@ from gretfound import (
     lineage,
     matching,
     metadata,
+    outgoing,
     sealing,
     shard,
     signing,
@@ -258,8 +259,9 @@ def contribute(
     rules = disclosure.read_policy(policy.name)
     if min_patients_per_cell is not None:
         rules = rules.raised_to(min_patients_per_cell)
+    digests = _digests_of_files(folder_path)
     work_id = _digest_of_inputs(
-        folder_path, site_id=site_id, form=form, policy=policy, rules=rules, recipe=recipe, base=base
+        folder_path, digests, site_id=site_id, form=form, policy=policy, rules=rules, recipe=recipe, base=base
     )[:12]
     package_path = out_path / f"{site_id}-{form}-{work_id}.age"
     draft_path = package_path.with_suffix(".tar")
@@ -274,25 +276,32 @@ def contribute(
     work_path = (work_path or out_path / ".work") / work_id
     staging_path = work_path / "package"
     key_path = key_path or _default_key_path(site_id)
+    if form == "images":
+        key = _site_key(key_path)
+        found, leaving = _deidentified(found, digests, key, work_path, recipe.jpeg_quality)
+    else:
+        found = examination.narrowed(found, [each for each in found.usable if not each.is_dicom])
     ledger_path = key_path.with_suffix(".releases.json")
     earlier = disclosure.read_ledger(ledger_path)
     rows = [each.cells for each in found.usable]
     made = disclosure.release(rows, policy=rules, earlier=earlier)
     summary = made.summary
-    _stage_summary(staging_path, summary, rules)
+    _stage_summary(staging_path, summary, rules, stale_path=staging_path if form == "images" else work_path)
     if form == "images":
-        key = _site_key(key_path)
         tasks = [
             _Task(
-                path=each.path,
-                cells=_sent_cells(told, each.cells, key),
+                path=leaving.folder_path / outcome.file_name,
+                cells=(cells := _sent_cells(told, each.cells, outcome.visit, key)),
                 site_id=site_id,
-                key=key,
-                jpeg_quality=recipe.jpeg_quality,
+                facts=outgoing.sent_facts(outcome, cells),
             )
-            for each, told in zip(found.usable, disclosure.told_rows(rows, summary, policy=rules), strict=True)
+            for each, outcome, told in zip(
+                found.usable, leaving.leaving, disclosure.told_rows(rows, summary, policy=rules), strict=True
+            )
         ]
-        _write_real_shards(tasks, staging_path / "shards", work_path, "de-identifying")
+        _write_real_shards(tasks, staging_path / "shards", work_path, "packing")
+        out_path.mkdir(parents=True, exist_ok=True)
+        package_path.with_suffix(".photographs.csv").write_text(outgoing.ledger_text(leaving))
         base_sha256 = ""
     else:
         captioned = disclosure.caption_rows(rows, summary, policy=rules)
@@ -341,8 +350,17 @@ def _remembered(keys_path: Path, package_path: Path) -> Package:
     return package
 
 
+def _digests_of_files(folder_path: Path) -> dict[Path, str]:
+    root = folder_path / examination.FOLDER_NAME
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    paths += [path for path in [folder_path / examination.METADATA_NAME] if path.is_file()]
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        return dict(zip(paths, pool.map(storage.sha256_of, paths), strict=True))
+
+
 def _digest_of_inputs(
     folder_path: Path,
+    digests: dict[Path, str],
     *,
     site_id: str,
     form: str,
@@ -351,17 +369,11 @@ def _digest_of_inputs(
     recipe: Recipe,
     base: str,
 ) -> str:
-    root = folder_path / examination.FOLDER_NAME
-    paths = sorted(path for path in root.rglob("*") if path.is_file())
-    paths += [path for path in [folder_path / examination.METADATA_NAME] if path.is_file()]
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(storage.sha256_of, paths))
-    names = [path.relative_to(folder_path).as_posix() for path in paths]
     base_path = storage.local_path(base) if base else None
     is_local = base_path is not None and (base_path / UNET_WEIGHTS).is_file()
     return lineage.digest_of(
         {
-            "files": list(zip(names, digests, strict=True)),
+            "files": [(path.relative_to(folder_path).as_posix(), digest) for path, digest in digests.items()],
             "site_id": site_id,
             "form": form,
             "policy": policy.stamp,
@@ -399,6 +411,8 @@ def _site_key(key_path: Path) -> bytes:
     try:
         handle = os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
+        if key_path.stat().st_mode & 0o077:
+            raise ConfigError(f"{key_path} can be read by others; make it yours alone: chmod 600 {key_path}") from None
         key = key_path.read_bytes()
         if len(key) != KEY_BYTES:
             raise ConfigError(f"{key_path} is no site key: found {len(key)} bytes, required {KEY_BYTES}") from None
@@ -437,30 +451,26 @@ def _write_parts(
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """One photograph for a worker process; ``key`` is None for training at the site, which reads the file as it is."""
+    """One photograph for a worker process; ``facts`` are the columns that de-identification fills."""
 
     path: Path
     cells: dict[str, Any]
     site_id: str
-    key: bytes | None
-    jpeg_quality: int
+    facts: dict[str, Any]
 
 
 def _row_of(task: _Task) -> dict[str, Any]:
-    encoded = task.path.read_bytes()
-    if task.key is not None:
-        encoded = deidentify.rematerialise(encoded)
-        if task.jpeg_quality:
-            encoded = fundus.encode_jpeg(fundus.decode_photograph(encoded), quality=task.jpeg_quality)
-    return shard.row_of(encoded, site_id=task.site_id, origin="real", cells=task.cells)
+    return shard.row_of(task.path.read_bytes(), site_id=task.site_id, origin="real", cells=task.cells, **task.facts)
 
 
-def _stage_summary(staging_path: Path, summary: metadata.MetadataSummary, rules: disclosure.Policy) -> None:
-    """Puts the summary into the package; work that an interrupted run did by another summary is thrown away."""
+def _stage_summary(
+    staging_path: Path, summary: metadata.MetadataSummary, rules: disclosure.Policy, *, stale_path: Path
+) -> None:
+    """Puts the summary into the package; what was made by another one, at ``stale_path``, is thrown away."""
     content = metadata.to_bytes(summary)
     path = staging_path / "summary" / "metadata_summary.json"
     if path.exists() and path.read_bytes() != content:
-        shutil.rmtree(staging_path.parent)
+        shutil.rmtree(stale_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     _write_json(path.with_name("disclosure_report.json"), disclosure.describe_for_hub(summary, policy=rules))
@@ -472,14 +482,47 @@ def _write_account(path: Path, made: disclosure.Release, rules: disclosure.Polic
     path.with_name(f"{path.name}.txt").write_text(disclosure.to_text(made, policy=rules))
 
 
-def _sent_cells(told: dict[str, Any], cells: dict[str, Any], key: bytes) -> dict[str, Any]:
-    """Returns the cells that leave with a photograph: told values, measurements, and the patient's pseudonym.
+def _deidentified(
+    found: Examination, digests: dict[Path, str], key: bytes, work_path: Path, jpeg_quality: int
+) -> tuple[Examination, outgoing.Prepared]:
+    """Makes the photographs anew; returns the examination of those that may leave, and where they lie.
 
-    Free text that few patients share, visits and exact ages do not leave.
+    Raises:
+        NotFit: If too few of them may.
+    """
+    with _bar("de-identifying", len(found.usable)) as bar:
+
+        def show(num_done: int) -> None:
+            bar.update(num_done - bar.n)
+
+        leaving = outgoing.prepare(
+            found.usable,
+            root_path=found.folder_path,
+            digests=digests,
+            key=key,
+            work_path=work_path,
+            jpeg_quality=jpeg_quality,
+            on_progress=show,
+        )
+    findings = leaving.findings()
+    for finding in findings:
+        print(f"{finding.headline} ({'; '.join(finding.details)}). {finding.advice}", file=sys.stderr)
+    found = examination.narrowed(found, [found.usable[outcome.place] for outcome in leaving.leaving], findings)
+    if not found.is_fit_for("images"):
+        raise NotFit(examination.to_text(found), "images")
+    return found, leaving
+
+
+def _sent_cells(told: dict[str, Any], cells: dict[str, Any], visit: str, key: bytes) -> dict[str, Any]:
+    """Returns the cells that leave with a photograph: released values, measurements, and pseudonyms.
+
+    ``visit`` is the pseudonym of a DICOM study, or blank. Free text that few patients share, visits as the site writes
+    them and exact ages do not leave.
     """
     measured = {name: cells[name] for name in MEASUREMENTS if name in cells}
     person = {"patient": deidentify.pseudonym(key, cells["patient"])} if "patient" in cells else {}
-    return told | measured | person
+    study = {"visit": visit} if visit else {}
+    return told | measured | person | study
 
 
 def _write_real_shards(tasks: Sequence[_Task], shards_path: Path, work_path: Path, doing: str) -> None:
@@ -517,7 +560,7 @@ def _trained(
 
     base_path = pipeline.fetch_base(base, hub_uri=None, folder_path=work_path / "base")
     tasks = [
-        _Task(path=each.path, cells=cells, site_id="", key=None, jpeg_quality=0)
+        _Task(path=each.path, cells=cells, site_id="", facts={})
         for each, cells in zip(photographs, captioned, strict=True)
     ]
     _write_real_shards(tasks, work_path / "photographs", work_path, "reading")

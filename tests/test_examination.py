@@ -9,6 +9,7 @@ from PIL import Image
 
 from gretfound import examination, phantom
 from gretfound.examination import DEMONSTRATION, STANDARD, Examination
+from tests import dicoms
 
 SIZE_PX = 96
 NUM_IMAGES = 14
@@ -168,6 +169,49 @@ def test_examine__many_processes_give_the_same(drawn_path: Path, tmp_path: Path)
     assert examination.examine(path, policy=DEMONSTRATION, num_processes=2) == examination.examine(
         path, policy=DEMONSTRATION, num_processes=1
     )
+
+
+def test_examine__dicom_of_an_archive(tmp_path: Path) -> None:
+    photographs_path = tmp_path / "traindata" / "DIR001"
+    photographs_path.mkdir(parents=True)
+    kinds = [{}, {"ImageLaterality": "L"}, {}, {}, {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}]
+    for place, attributes in enumerate(kinds):
+        pixels = dicoms.photograph()
+        pixels[80, 60 : 70 + place] = 255
+        name = f"IM{place}" if place else "IM0.dcm"  # archives give no ending
+        (photographs_path / name).write_bytes(dicoms.encoded(dicoms.ophthalmic(pixels, **attributes)))
+    (photographs_path / "DICOMDIR.txt").write_text("a list")
+    found = examination.examine(tmp_path, policy=DEMONSTRATION)
+    assert [len(found.photographs), len(found.usable), found.num_patients, found.num_eyes] == [5, 4, 1, 2]
+    assert _details_of(found, "unreadable") == (
+        "DIR001/IM4: it is a screenshot (secondary capture); required a photograph of the camera",
+    )
+    assert found.is_fit_for("images") and not found.is_fit_for("weights")
+    assert found.usable[0].cells["camera"] == "Topcon TRC-NW8" and found.usable[1].cells["eye"] == "left"
+
+    (tmp_path / "metadata.csv").write_text("Image,Eye,DR\nDIR001/IM1,right,2\nDIR001/IM2,,\n")
+    assert [each.row for each in found.usable] == [1, 2, 3, 4], "the place in order of names"
+    listed = examination.examine(tmp_path, policy=DEMONSTRATION).usable
+    assert [each.row for each in listed] == [2, 3], "the line of the table"
+    assert [each.cells["eye"] for each in listed] == ["right", "right"], "the table goes before the header"
+    assert listed[0].cells["dr"] == 2 and listed[0].cells["sex"] == "female"
+
+
+def test_narrowed__is_judged_again(drawn_path: Path) -> None:
+    found = examination.examine(drawn_path, policy=DEMONSTRATION)
+    few = examination.narrowed(found, found.usable[:3])
+    assert len(few.usable) == 3 and found.is_fit_for("images") and not few.is_fit_for("images")
+
+
+def test_examine__a_bomb_is_a_file_that_cannot_be_used(site_path: Path) -> None:
+    names = _names(site_path)
+    Image.new("L", (9000, 9000)).save(site_path / "traindata" / names[0], "PNG")
+    Image.new("L", (90, 90)).save(site_path / "traindata" / names[1], "GIF")
+    found = examination.examine(site_path, policy=DEMONSTRATION)
+    assert len(found.usable) == NUM_IMAGES - 2
+    faults = "".join(_details_of(found, "unreadable"))
+    assert "81,000,000" in faults or "9,000 x 9,000" in faults
+    assert "none of JPEG" in faults
 
 
 def test_examine__real_photographs(real_photographs: Path) -> None:

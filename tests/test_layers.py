@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
+    {"gretfound.outgoing"},
     {
         "gretfound.generator_evaluation",
         "gretfound.keyring",
@@ -46,11 +47,14 @@ ROWS = [
         "gretfound.matching",
         "gretfound.phantom",
     },
+    {"gretfound.dicom", "gretfound.lettering"},
     {
         "gretfound.archive",
         "gretfound.averaging",
         "gretfound.capacity",
         "gretfound.fundus",
+        "gretfound.identifiers",
+        "gretfound.isolation",
         "gretfound.lineage",
         "gretfound.metadata",
         "gretfound.signing",

@@ -18,7 +18,7 @@ import torch
 
 from gretfound import deidentify, disclosure, metadata, phantom, sealing, site
 from gretfound.generator import pipeline
-from tests import parties, tiny_generator
+from tests import dicoms, parties, tiny_generator
 from tests.parties import Hub
 
 SIZE_PX = 72
@@ -59,7 +59,8 @@ def _arguments(site_path: Path, form: str, out_path: Path, *more: str) -> list[s
 
 def _package_in(out_path: Path, hub: Hub) -> sealing.Package:
     (path,) = out_path.glob("*.age")
-    assert sorted(path.name for path in out_path.iterdir()) == [path.name], "work in progress was left behind"
+    left = {each.name for each in out_path.iterdir()} - {path.with_suffix(".photographs.csv").name}
+    assert left == {path.name}, "work in progress was left behind"
     return sealing.read_sealed(path, identities=hub.identities)
 
 
@@ -128,6 +129,35 @@ def test_main__contribute_images(
     content = _plain(package, hub)
     for word in [*patients, *(row.image for row in table.rows)]:
         assert word.encode() not in content, "an identifier left the site"
+
+
+def test_main__contribute_images_of_dicom(
+    tmp_path: Path, hub: Hub, keys_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_path = tmp_path / "archive"
+    kinds = ["", "", "", "", "1.2.840.10008.5.1.4.1.1.7"]  # the last is a screenshot
+    for place, sop_class in enumerate(kinds):
+        pixels = dicoms.photograph()
+        pixels[80, 60 : 70 + place] = 255
+        dataset = dicoms.ophthalmic(pixels, **({"SOPClassUID": sop_class} if sop_class else {}))
+        name = f"IM{place:06}"  # archives give no ending
+        (folder_path / "traindata").mkdir(parents=True, exist_ok=True)
+        (folder_path / "traindata" / name).write_bytes(dicoms.encoded(dataset))
+    assert site.main(_arguments(folder_path, "images", tmp_path / "out")) == site.EXIT_FIT
+    _, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
+    assert len(rows) == 4
+    key = (tmp_path / "site.key").read_bytes()
+    for row in rows:
+        assert (row["eye"], row["visit"]) == (None, deidentify.uid_pseudonym(key, "1.2.826.0.1.3680043.8.498.31337"))
+        assert row["patient"] == deidentify.pseudonym(key, dicoms.PLACES["id"])
+        assert row["shifted_year"] in (2018, 2019, 2020) and row["field_of_view"] == 45.0
+        assert row["deid_methods"] == "deid/1 113100 113101 113107"
+    ledger = next((tmp_path / "out").glob("*.csv")).read_bytes()
+    content = _plain(_package_in(tmp_path / "out", hub), hub) + ledger
+    said = capsys.readouterr()
+    for word in dicoms.PLACES.values():
+        assert word.encode() not in content, "an identifier left the site"
+        assert word not in said.out + said.err, "a message named a patient"
 
 
 def test_main__contribute_images_again_finds_the_package(
