@@ -124,7 +124,7 @@ def _require_kind(dataset: Dataset) -> None:
 
 def _is_read(syntax: UID) -> bool:
     try:
-        return syntax != DeflatedExplicitVRLittleEndian and get_decoder(syntax).is_available
+        return bool(syntax != DeflatedExplicitVRLittleEndian and get_decoder(syntax).is_available)
     except NotImplementedError:
         return False
 
