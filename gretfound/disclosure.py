@@ -120,13 +120,14 @@ def read_policy(name: str) -> Policy:
     """
     path = POLICY_FOLDER / f"{name}.yaml"
     try:
-        content = yaml.safe_load(path.read_text())
-        policy = Policy(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
-    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+        content: dict[str, Any] = yaml.safe_load(path.read_text())
+        policy = Policy(**content | {key: tuple(content[key]) for key in ("tables", "pairs")})
+        odd = set(policy.tables) - set(metadata.SUMMARY_KEYS)
+        odd |= {pair for pair in policy.pairs if not set(pair.split("*")) <= set(policy.tables)}
+        is_right = policy.name == name and min(policy.min_patients_per_cell, policy.rounding) >= 1 and not odd
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is not a disclosure policy: {type(error).__name__}; restore the file") from error
-    odd = set(policy.tables) - set(metadata.SUMMARY_KEYS)
-    odd |= {pair for pair in policy.pairs if not set(pair.split("*")) <= set(policy.tables)}
-    if odd or policy.name != name or min(policy.min_patients_per_cell, policy.rounding) < 1:
+    if not is_right:
         raise ConfigError(f"{path} is not the disclosure policy {name}; found wrong: {sorted(odd) or 'its numbers'}")
     return policy
 
@@ -232,10 +233,9 @@ def _table(
     told = tuple(slice(0, len(each)) for each in values)
     table = _Table(keys=keys, values=values, counts=counts, is_shown=np.zeros(shape, bool), rules={})
     table.is_shown[told] = True
-    for place in np.argwhere(table.is_shown & (counts < policy.min_patients_per_cell)):
-        table.hide(tuple(place.tolist()), "few")
-    for place in np.argwhere(table.is_shown & (shares > policy.max_image_share)):
-        table.hide(tuple(place.tolist()), "dominance")
+    for rule, is_so in (("few", counts < policy.min_patients_per_cell), ("dominance", shares > policy.max_image_share)):
+        for found in np.argwhere(table.is_shown & is_so).tolist():
+            table.hide(tuple(found), rule)
     for line in _lines_of_alike(table, policy):
         for place in line:
             table.hide(place, "group")
@@ -690,7 +690,7 @@ def _faults(summary: MetadataSummary, policy: Policy) -> list[str]:
         "it has other tables": set(summary.counts) <= set(policy.tables)
         and set(summary.pair_counts) <= set(policy.pairs),
         "a table has other values": all(
-            tuple(table) == metadata.values_of(key) if metadata.values_of(key) else None not in table.values()
+            sorted(table) == sorted(values) if (values := metadata.values_of(key)) else None not in table.values()
             for key, table in summary.counts.items()
             if key in policy.tables
         )

@@ -785,9 +785,14 @@ def summary_from_json(content: Mapping[str, Any]) -> MetadataSummary:
     if not is_right:
         raise ValueError("a damaged metadata summary: its tables are not of values and counts")
     return MetadataSummary(
-        **{name: _text(content[name]) for name in ("policy", "variant", "country")},
-        **{name: _count(content[name]) for name in ("min_patients", "rounding", "num_images")},
-        **{name: _count_or_none(content[name]) for name in ("num_patients", "patients_below")},
+        policy=_text(content["policy"]),
+        variant=_text(content["variant"]),
+        min_patients=_count(content["min_patients"]),
+        rounding=_count(content["rounding"]),
+        num_patients=_count_or_none(content["num_patients"]),
+        patients_below=_count_or_none(content["patients_below"]),
+        num_images=_count(content["num_images"]),
+        country=_text(content["country"]),
         counts={
             _text(key): {_text(value): _count_or_none(count) for value, count in table.items()}
             for key, table in content["counts"].items()
