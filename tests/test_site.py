@@ -93,6 +93,7 @@ def test_main__contribute_refuses_an_unfit_folder(
 ) -> None:
     out_path = tmp_path / "out"
     arguments = ["contribute", str(site_path), "--form", "images", "--site-id", "aster", "--out", str(out_path)]
+    arguments += ["--keys", str(keys_path)]
     assert site.main(arguments) == site.EXIT_NOT_FIT
     assert "needs 50" in capsys.readouterr().err
     assert not out_path.exists()
