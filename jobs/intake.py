@@ -345,7 +345,8 @@ def _enter_into_ledger(hub_uri: str, outcomes: Iterable[Outcome]) -> None:
 
 def _in_words(outcome: Outcome) -> str:
     if outcome.code:
-        return f"rejected  {outcome.package_sha256[:12]}  {outcome.code}: {outcome.message}"
+        what = "waiting " if outcome.code == PREVIOUS_MISSING else "rejected"
+        return f"{what}  {outcome.package_sha256[:12]}  {outcome.code}: {outcome.message}"
     made = outcome.shard_set_id or outcome.generator_id
     return (
         f"accepted  {outcome.package_sha256[:12]}  {outcome.site_id} ({outcome.form}): {outcome.contribution_id} {made}"
