@@ -448,6 +448,21 @@ def test_open_sealed__refuses_signatures_under_the_name_of_another_key(known: Kn
     assert known.plain_code_of(tar_of([*head, *known.members[2:]]), tmp_path) == "BAD_SIGNATURE"
 
 
+def test_open_sealed__refuses_signatures_over_another_manifest(known: Known, tmp_path: Path) -> None:
+    other = members_of(resigned(known, lambda manifest: manifest.update(num_images=4)))
+    assert known.plain_code_of(tar_of([other[0], *known.members[1:]]), tmp_path) == "BAD_SIGNATURE"
+
+
+def test_read_draft__needs_the_containers_signature(known: Known, tmp_path: Path) -> None:
+    container, steward = known.keys()
+    (tmp_path / "draft.tar").write_bytes(resigned(known, keys=[container]))
+    assert sealing.read_draft(tmp_path / "draft.tar").num_signatures == 1
+    for keys in ([steward], [Ed25519PrivateKey.generate()]):
+        (tmp_path / "draft.tar").write_bytes(resigned(known, keys=keys))
+        with pytest.raises(ContributionRejected, match="BAD_SIGNATURE"):
+            sealing.read_draft(tmp_path / "draft.tar")
+
+
 def approved_by(keys: list[Ed25519PrivateKey], site_id: str = "aster") -> Callable[[Content], None]:
     def change(manifest: Content) -> None:
         for approval, key in zip(manifest["approvals"], keys, strict=True):
@@ -519,7 +534,8 @@ def test_open_sealed__refuses_what_was_sealed_for_another_hub(known: Known, tmp_
 
 def test_open_sealed__refuses_what_was_sealed_for_a_stranger_too(known: Known, tmp_path: Path) -> None:
     stranger = str(pyrage.x25519.Identity.generate().to_public())
-    for names in ([known.roster.recipients[0], stranger], [*known.roster.recipients, stranger], [stranger, stranger]):
+    online, recovery = known.roster.recipients
+    for names in ([online, stranger], [online, recovery, stranger], [stranger, stranger], [recovery, recovery]):
         plain = resigned(known, lambda manifest, names=names: manifest.update(encrypted_to=names))
         assert known.plain_code_of(plain, tmp_path) == "NOT_FOR_THIS_HUB"
 
