@@ -300,8 +300,7 @@ def contribute(
             )
         ]
         _write_real_shards(tasks, staging_path / "shards", work_path, "packing")
-        out_path.mkdir(parents=True, exist_ok=True)
-        package_path.with_suffix(".photographs.csv").write_text(outgoing.ledger_text(leaving))
+        key_path.with_name(f"{package_path.stem}.photographs.csv").write_text(outgoing.ledger_text(leaving))
         base_sha256 = ""
     else:
         captioned = disclosure.caption_rows(rows, summary, policy=rules)
