@@ -690,7 +690,7 @@ def _faults(summary: MetadataSummary, policy: Policy) -> list[str]:
         "it has other tables": set(summary.counts) <= set(policy.tables)
         and set(summary.pair_counts) <= set(policy.pairs),
         "a table has other values": all(
-            tuple(table) == metadata.values_of(key) if metadata.values_of(key) else None not in table.values()
+            set(table) == set(values) if (values := metadata.values_of(key)) else None not in table.values()
             for key, table in summary.counts.items()
             if key in policy.tables
         )
