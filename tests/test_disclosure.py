@@ -31,6 +31,8 @@ GRADES = (0, 1, 2, 3, 4, "present", None)
 SEXES = ("female", "male", None)
 GLAUCOMA = (True, False, None)
 KINDS = list(itertools.product(GRADES, SEXES, GLAUCOMA))
+# Few tables and no pairs, for what one table is enough to show.
+PLAIN = replace(STANDARD, tables=("sex", "camera", "glaucoma", "age_band"), pairs=())
 K = 11
 
 
@@ -318,7 +320,8 @@ def test_release__of_a_hospital_is_useful_and_passes_the_hub(
     hospital: tuple[list[Cells], disclosure.Release],
 ) -> None:
     rows, made = hospital
-    disclosure.check(made.summary, policies=[STANDARD])
+    arrived = metadata.summary_from_json(json.loads(metadata.to_bytes(made.summary)))
+    disclosure.check(arrived, policies=[STANDARD])
     told = told_counts(made.summary)
     assert {"sex", "dr", "age_band", "camera", "country", "eye", "diabetes", "dr*sex", "dr*age_band"} <= set(told)
     assert set(told["camera"]) == {"Topcon", "Zeiss"} and made.summary.country == "Kenya"
@@ -333,16 +336,16 @@ def test_release__a_patient_counts_once_and_none_dominates() -> None:
     rows: list[Cells] = [{"patient": f"p{place}", "sex": "female", "camera": "Topcon"} for place in range(400)]
     rows += [{"patient": f"q{place}", "sex": "male", "camera": "Zeiss"} for place in range(60)]
     rows += [{"patient": "q0", "sex": "male", "camera": "Zeiss"}] * 500
-    made = disclosure.release(rows, policy=replace(STANDARD, max_image_share=1.0))
+    made = disclosure.release(rows, policy=replace(PLAIN, max_image_share=1.0))
     assert (made.summary.num_patients, made.summary.num_images) == (460, 960)
     assert made.summary.counts["camera"] == {"Topcon": 400, "Zeiss": 60}
-    made = disclosure.release(rows, policy=STANDARD)
+    made = disclosure.release(rows, policy=PLAIN)
     assert made.summary.counts["camera"] == {"Topcon": 400}, "one patient has 501 of 560 photographs"
     assert disclosure.Suppression(table="camera", values=("Zeiss",), rule="dominance") in made.suppressions
 
 
 def test_release__a_small_group_that_is_all_alike_is_not_told() -> None:
-    policy = replace(STANDARD, max_image_share=1.0, pairs=("glaucoma*age_band",))
+    policy = replace(PLAIN, max_image_share=1.0, pairs=("glaucoma*age_band",))
     rows: list[Cells] = [{"patient": f"p{place}", "age": 62.0, "glaucoma": place % 2 == 0} for place in range(300)]
     rows += [{"patient": f"q{place}", "age": 42.0, "glaucoma": True} for place in range(25)]
     made = disclosure.release(rows, policy=policy)
@@ -364,7 +367,7 @@ def test_release__of_few_patients_only_the_band_is_told() -> None:
 
 def test_release__photographs_without_a_patient_are_one_patient_together() -> None:
     rows = [*people(100), *({"sex": "male"} for _ in range(500))]
-    assert disclosure.release(rows, policy=STANDARD).truth['["num_patients", null]'] == 101
+    assert disclosure.release(rows, policy=PLAIN).truth['["num_patients", null]'] == 101
 
 
 def test_release__of_no_metadata_at_all() -> None:
@@ -387,10 +390,10 @@ def test_release__is_compared_with_every_earlier_one() -> None:
     def rows(num_women: int) -> list[Cells]:
         return [{"patient": f"p{n}", "sex": "female" if n < num_women else "male"} for n in range(300 + num_women)]
 
-    first = disclosure.release(rows(100), policy=STANDARD)
-    second = disclosure.release(rows(160), policy=STANDARD, earlier=[first])
+    first = disclosure.release(rows(100), policy=PLAIN)
+    second = disclosure.release(rows(160), policy=PLAIN, earlier=[first])
     assert (second.decision, second.summary.counts["sex"]) == ("new", {"female": 160, "male": 300})
-    third = disclosure.release(rows(103), policy=STANDARD, earlier=[first, second])
+    third = disclosure.release(rows(103), policy=PLAIN, earlier=[first, second])
     assert (third.decision, third.summary) == ("kept", second.summary), "3 women more than in the first"
 
 
@@ -453,12 +456,12 @@ def test_caption_rows__say_what_they_may(hospital: tuple[list[Cells], disclosure
 
 def test_told_rows__a_value_that_lost_its_patients_is_not_told_from_old_numbers() -> None:
     rows: list[Cells] = [{"patient": f"p{n}", "camera": "Topcon" if n >= 20 else "Zeiss"} for n in range(300)]
-    made = disclosure.release(rows, policy=replace(STANDARD, max_image_share=1.0))
+    made = disclosure.release(rows, policy=replace(PLAIN, max_image_share=1.0))
     assert made.summary.counts["camera"]["Zeiss"] == 20
     later = [row for row in rows if row["patient"] not in {f"p{n}" for n in range(10)}]
-    again = disclosure.release(later, policy=replace(STANDARD, max_image_share=1.0), earlier=[made])
+    again = disclosure.release(later, policy=replace(PLAIN, max_image_share=1.0), earlier=[made])
     assert again.decision == "kept"
-    told = disclosure.told_rows(later, again.summary, policy=STANDARD)
+    told = disclosure.told_rows(later, again.summary, policy=PLAIN)
     assert {row.get("camera") for row in told} == {"Topcon", None}, "ten patients are left with the other one"
 
 
@@ -525,7 +528,7 @@ def test_ledger__gives_back_what_was_entered(tmp_path: Path, hospital: tuple[lis
     assert disclosure.read_ledger(path) == [made] and stat.S_IMODE(path.stat().st_mode) == 0o600
     disclosure.enter(path, replace(made, decision="same"), after=[made])
     assert disclosure.read_ledger(path) == [made]
-    other = disclosure.release(people(300, seed=1), policy=STANDARD)
+    other = disclosure.release(people(300, seed=1), policy=PLAIN)
     with pytest.raises(ConfigError, match="run the same command again"):
         disclosure.enter(path, other, after=[])
     path.write_text(path.read_text()[:-10])
