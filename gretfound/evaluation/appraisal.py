@@ -118,7 +118,7 @@ def appraise(
         seed: Of the resamples and of the probe.
 
     Returns:
-        JSON-able: ``figures`` by space and side; ``conditions`` by attribute, value and space; ``vessels`` by side, and
+        JSON-able: ``figures`` by space and side; ``conditions`` by attribute, space and value; ``vessels`` by side, and
         ``vessels_missing``, why there are none; ``usefulness`` by space and task, with ``skipped_tasks``; ``verdict``.
 
     Raises:
