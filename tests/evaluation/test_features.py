@@ -155,3 +155,13 @@ def test_timm_space__absent_or_damaged_file_is_an_error(network_path, name):
     (path / name).unlink()
     with pytest.raises(StorageError, match=f"found no {name}"):
         features.timm_space(path)
+
+
+def test_thumbnail_space__is_colour_by_place_at_any_size():
+    half = np.zeros((90, 90, 3), dtype=np.uint8)
+    half[:, :45, 0], half[:, 45:, 2] = 255, 255
+    found = features.thumbnail_space([half, half[::3, ::3]])
+    assert found.shape == (2, 108) and found.dtype == np.float32
+    for cells in found.reshape(2, 6, 6, 3):
+        assert cells[:, :2] == pytest.approx(np.broadcast_to([1.0, -1.0, -1.0], (6, 2, 3)), abs=0.05)
+        assert cells[:, 4:] == pytest.approx(np.broadcast_to([-1.0, -1.0, 1.0], (6, 2, 3)), abs=0.05)
