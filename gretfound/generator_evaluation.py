@@ -532,9 +532,8 @@ def publish(
     measured: dict[str, Any] = appraisal.nothing(missing)
     num_copies = None
     if held_out is not None and trained_on is not None and not missing:
-        sides = {"generated": kept.side, "trained_on": trained_on.side} | (
-            {"base": base.side} if base and base.rows else {}
-        )
+        sides = {"generated": kept.side} | ({"base": base.side} if base and base.rows else {})
+        sides |= {"trained_on": trained_on.side}
         measured = appraisal.appraise(
             held_out.side,
             sides,

@@ -48,12 +48,6 @@ def publish_generator(hub_uri: str, path: Path, base: Generator, contribution: C
     return storage.publish_folder(hub_uri, folder_path, record)
 
 
-def published_site(hub_uri: str, path: Path, *, num_images: int = 60) -> tuple[Generator, Contribution, ShardSet]:
-    base = publish_base(hub_uri, write_base(path / "base"))
-    contribution, shard_set = publish_site(hub_uri, path / "site", num_images=num_images)
-    return base, contribution, shard_set
-
-
 def content_of(hub_uri: str, report_id: str) -> tuple[dict, str]:
     record = storage.read_record(hub_uri, report_id, Report)
     folder_uri = storage.record_uri(hub_uri, record)
@@ -61,20 +55,27 @@ def content_of(hub_uri: str, report_id: str) -> tuple[dict, str]:
     return storage.read_json(storage.join(folder_uri, "report.json")), page
 
 
-def test_evaluate_generators__measures_held_out_photographs_and_finds_its_parts_again(
+def test_evaluate_generators__measures_held_out_photographs_and_goes_on_where_it_was_killed(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     hub_uri = storage.normalised(str(tmp_path / "hub"))
-    base, contribution, shard_set = published_site(hub_uri, tmp_path)
+    base = publish_base(hub_uri, write_base(tmp_path / "base"))
+    contribution, shard_set = publish_site(hub_uri, tmp_path / "aster", num_images=60)
     rows = [row for part in shard_set.shards for row in shard.read_rows(storage.join(hub_uri, part.path))]
     chosen = holdout.choose([(row["image_id"], row["patient"]) for row in rows], share=0.4, seed=0)
     held_out = {name: getattr(chosen, name) for name in holdout.Holdout.__dataclass_fields__}
     generator = publish_generator(hub_uri, tmp_path / "tuned", base, contribution, **held_out)
+    # Of another site's generator the photographs never left.
+    elsewhere, stayed = publish_site(hub_uri, tmp_path / "birch", num_images=40, site_id="birch")
+    storage.local_path(storage.join(storage.record_uri(hub_uri, stayed), "record.json")).unlink()
+    other = publish_generator(hub_uri, tmp_path / "other", base, elsewhere)
 
-    report_id = evaluate_generators.main([f"hub_uri={hub_uri}", *SMALL])
+    report_ids = evaluate_generators.main([f"hub_uri={hub_uri}", *SMALL])
+    by_parent = {storage.read_record(hub_uri, each, Report).parents: each for each in report_ids.split(",")}
+    report_id = by_parent[(generator.id,)]
     record = storage.read_record(hub_uri, report_id, Report)
     content, page = content_of(hub_uri, report_id)
-    assert record.parents == (generator.id,) and record.num_images == 24
+    assert record.num_images == 24
     assert content["held_out"]["image_ids"] == sorted(chosen.image_ids)
     assert content["held_out"]["num_trained_on"] == 36 and content["held_out"]["num_near_duplicates"] == 0
     assert set(content["figures"]) == {"scattering", "thumbnail"}
@@ -89,6 +90,11 @@ def test_evaluate_generators__measures_held_out_photographs_and_finds_its_parts_
     assert "required 20" in content["vessels_missing"]["generated"]
     assert page.count('alt="real photograph"') > 0 and "<script" not in page and "http" not in page
 
+    content, page = content_of(hub_uri, by_parent[(other.id,)])
+    assert content["figures"] == {} and content["held_out"]["num_images"] == 0
+    assert "not measurable at the hub" in content["missing"] and "Not measurable at the hub" in page
+    assert page.count('alt="drawn photograph"') > 4 and 'alt="real photograph"' not in page
+
     # As if it had been killed: some parts and the record are not there, and one part is.
     run_uri = storage.run_uri(hub_uri, record.recipe_id)
     parts = storage.list_uris(storage.join(run_uri, "parts"))
@@ -97,22 +103,8 @@ def test_evaluate_generators__measures_held_out_photographs_and_finds_its_parts_
     kept_at = kept_path.stat().st_mtime_ns
     for uri in [*parts[1::2], storage.join(run_uri, "record.json")]:
         storage.local_path(uri).unlink()
-    assert evaluate_generators.main([f"hub_uri={hub_uri}", *SMALL]) == report_id
+    assert evaluate_generators.main([f"hub_uri={hub_uri}", *SMALL]) == report_ids
     assert kept_path.stat().st_mtime_ns == kept_at
-
-
-def test_evaluate_generators__without_photographs_at_the_hub_shows_and_says_so(
-    ray_cluster: None, tmp_path: Path
-) -> None:
-    hub_uri = storage.normalised(str(tmp_path / "hub"))
-    base, contribution, shard_set = published_site(hub_uri, tmp_path)
-    storage.local_path(storage.join(storage.record_uri(hub_uri, shard_set), "record.json")).unlink()  # it never left
-    publish_generator(hub_uri, tmp_path / "tuned", base, contribution)
-    content, page = content_of(hub_uri, evaluate_generators.main([f"hub_uri={hub_uri}", *SMALL, "num_images=4"]))
-    assert content["figures"] == {} and content["held_out"]["num_images"] == 0
-    assert "not measurable at the hub" in content["missing"]
-    assert "Not measurable at the hub" in page and page.count('alt="drawn photograph"') > 4
-    assert 'alt="real photograph"' not in page
 
 
 def test_plan__leaves_out_what_is_nearly_a_photograph_of_the_training(tmp_path: Path) -> None:
