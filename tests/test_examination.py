@@ -189,10 +189,10 @@ def test_examine__dicom_of_an_archive(tmp_path: Path) -> None:
     assert found.is_fit_for("images") and not found.is_fit_for("weights")
     assert found.usable[0].cells["camera"] == "Topcon TRC-NW8" and found.usable[1].cells["eye"] == "left"
 
-    (tmp_path / "metadata.csv").write_text("Image,Eye,DR\nDIR001/IM1,right,2\nDIR001/IM2,,\n")
+    (tmp_path / "metadata.csv").write_text("Image,Eye,DR\nDIR001/IM2,,\nDIR001/IM1,right,2\n")
     assert [each.row for each in found.usable] == [1, 2, 3, 4], "the place in order of names"
     listed = examination.examine(tmp_path, policy=DEMONSTRATION).usable
-    assert [each.row for each in listed] == [2, 3], "the line of the table"
+    assert [each.row for each in listed] == [3, 2], "the line of the table"
     assert [each.cells["eye"] for each in listed] == ["right", "right"], "the table goes before the header"
     assert listed[0].cells["dr"] == 2 and listed[0].cells["sex"] == "female"
 

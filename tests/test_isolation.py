@@ -10,7 +10,7 @@ import pytest
 from gretfound import isolation
 from gretfound.errors import ConfigError
 
-LIMITS = isolation.Limits(memory_bytes=2**30, cpu_s=2, wall_s=20.0)
+LIMITS = isolation.Limits(memory_bytes=2**30, cpu_s=2, wall_s=90.0)
 TINY = isolation.Limits(memory_bytes=2**25)
 
 
@@ -53,8 +53,10 @@ def test_run__answers_with_json_and_bytes(monkeypatch: pytest.MonkeyPatch) -> No
 def test_run__ends_what_goes_beyond_its_limits(tmp_path: Path) -> None:
     with isolation.Pool("tests.test_isolation:answer", num_processes=1, limits=LIMITS) as pool:
         for hostile in ("allocate", "compute", "die"):
+            began_s = time.monotonic()
             with pytest.raises(isolation.BeyondLimits):
                 pool.run({"do": hostile}, b"")
+            assert time.monotonic() - began_s < 60, "its own limit ends it, not that on the time of waiting"
             assert pool.run({"do": "reverse"}, b"ab")[1] == b"ba", "the next piece of work is done"
         assert pool.run({"do": "write"}, bytes(tmp_path / "x"))[0] == {"written": False}
 
