@@ -96,6 +96,19 @@ def test_verify_chain__accepts_no_changed_skipped_reordered_or_foreign_version(h
         roster.verify_chain(versions, anchor="0" * 64)
 
 
+def test_verify_chain__a_version_follows_the_very_one_before_it(hub: Hub, tmp_path: Path) -> None:
+    keys = _root_keys(hub)
+    (one,) = _versions(hub, tmp_path)
+    following = _following(hub)
+    two, fork = (roster.sign(following, signers) for signers in (keys[:2], keys[1:]))
+    three = roster.sign(roster.following(following, two, today=TODAY), keys)
+    assert roster.verify_chain([one, two, three], anchor=_anchor(hub)).version == 3
+    renumbered = roster.sign(following.model_copy(update={"version": 5}), keys)
+    for wrong in ([one, fork, three], [one, renumbered]):
+        with pytest.raises(LineageError, match="does not follow"):
+            roster.verify_chain(wrong, anchor=_anchor(hub))
+
+
 def test_read_current__notices_that_a_version_was_taken_away(hub: Hub, tmp_path: Path) -> None:
     ring = hub.join(tmp_path / "aster", "aster")
     hub.change_roster("revoke", f"key_id={keyring.approval_of(ring, 'container').key_id}")
