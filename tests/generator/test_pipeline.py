@@ -122,19 +122,6 @@ def test_install_adapter__of_another_base_is_refused(base_path: Path, tmp_path: 
         pipeline.install_adapter(other_path, adapter_path, tmp_path / "merged")
 
 
-@pytest.mark.parametrize(
-    "change", [{"rank": 0}, {"rank": "8"}, {"target_modules": ["os.system"]}, {"method": "pickle"}, {"extra": 1}]
-)
-def test_read_adapter_terms__wrong_values_are_refused(
-    base_path: Path, tmp_path: Path, change: dict[str, object]
-) -> None:
-    adapter_path, _ = _write_adapter(base_path, tmp_path / "adapter")
-    content = json.loads((adapter_path / adapter.ADAPTER_TERMS).read_text())
-    (adapter_path / adapter.ADAPTER_TERMS).write_text(json.dumps(content | change))
-    with pytest.raises(ContributionRejected, match="ADAPTER_TERMS"):
-        adapter.read_terms(adapter_path)
-
-
 def test_fetch_base__record_folder_and_bucket(base_path: Path, tmp_path: Path, s3_hub: str) -> None:
     hub_uri = storage.normalised(str(tmp_path / "hub"))
     record = publish_base(hub_uri, base_path)
