@@ -22,6 +22,7 @@ from PIL import Image
 from gretfound import (
     admission,
     confinement,
+    disclosure,
     duplicates,
     fundus,
     keyring,
@@ -135,6 +136,7 @@ def _weights_package(
     fault: str = "",
     content: bytes = b"",
     stated_base_sha256: str = "",
+    told_by: Policy | None = None,
     **changes: Any,
 ) -> Path:
     staging_path = path.with_suffix("")
@@ -165,7 +167,7 @@ def _weights_package(
         (staging_path / "weights" / adapter.ADAPTER_TENSORS).write_bytes(content)
     if fault:
         odd_weights.spoil(staging_path / "weights" / adapter.ADAPTER_TENSORS, fault)
-    summaries.write_summary(staging_path, [{"sex": "female"}] * 9)
+    summaries.write_summary(staging_path, [{"sex": "female"}] * 9, policy=told_by)
     (staging_path / "training").mkdir()
     (staging_path / "training" / "config.json").write_text("{}")
     (staging_path / "training" / "metrics.jsonl").write_text('{"images_seen":64,"loss":0.5}\n')
@@ -447,8 +449,9 @@ def test_main__a_quarantined_package_waits_and_may_be_examined_again(
 
 def test_admit__standard_takes_no_whole_unet_and_demonstration_does(hub: Hub, tmp_path: Path, base_path: Path) -> None:
     _publish_base(hub.uri, base_path)
-    terms = {"method": "full", "policy": "standard/1"}
-    first, second = (_weights_package(tmp_path / f"{name}.age", base_path, **terms) for name in ("first", "second"))
+    terms: dict[str, Any] = {"method": "full", "policy": "standard/1"}
+    first = _weights_package(tmp_path / "first.age", base_path, told_by=disclosure.read_policy("standard"), **terms)
+    second = _weights_package(tmp_path / "second.age", base_path, **terms)
     assert _admit(hub, first, policy="standard").code == "W2_METHOD"
     outcome = _admit(hub, second)
     assert (outcome.verdict, outcome.code) == ("ADMITTED", "")
