@@ -103,6 +103,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
         *_TRAINING,
     ),
 }
+_IMAGE_FIRST_BYTES = (b"\xff\xd8", b"\x89PNG\r\n\x1a\n")
 
 
 def place_of(form: str, path: str) -> Place | None:
@@ -113,7 +114,8 @@ def place_of(form: str, path: str) -> Place | None:
 def screen_shard_file(shard_path: Path, *, site_id: str, origin: str) -> dict[str, int]:
     """Takes out the rows of an opened shard whose photograph is damaged; their neighbours stay.
 
-    The file is written anew only where a row is taken out.
+    The file is written anew in any case, so that nothing stays of it but its rows: no bytes between row groups, no
+    words in its footer. A sound file gets the same bytes again.
 
     Args:
         shard_path: A shard file of an opened package.
@@ -125,15 +127,15 @@ def screen_shard_file(shard_path: Path, *, site_id: str, origin: str) -> dict[st
 
     Raises:
         ContributionRejected: ``SHARD_FORMAT`` if the file is not of the shard format, ``SITE_MISMATCH`` if a row
-            belongs to another site or origin, ``PATIENT_IN_SYNTHETIC`` if a drawn photograph names a patient.
+            belongs to another site or origin, ``PATIENT_IN_SYNTHETIC`` if a drawn photograph names a patient,
+            ``IMAGE_...`` if an image is one that no container writes: of another kind, of too many pixels or frames.
     """
     _require_shard_format(shard_path)
     rejected: Counter[str] = Counter()
     sound_path = shard_path.with_suffix(".sound")
     try:
         shard.write_shard_file(sound_path, _sound_rows(shard_path, site_id, origin, rejected))
-        if rejected:
-            sound_path.replace(shard_path)
+        sound_path.replace(shard_path)
     finally:
         sound_path.unlink(missing_ok=True)
     return dict(sorted(rejected.items()))
@@ -165,8 +167,15 @@ def _sound_rows(shard_path: Path, site_id: str, origin: str, rejected: Counter[s
             if origin == "synthetic" and row["patient"] is not None:
                 raise ContributionRejected("PATIENT_IN_SYNTHETIC", "a drawn photograph names a patient; seal it again")
             try:
+                if not row["image"].startswith(_IMAGE_FIRST_BYTES):
+                    raise fundus.UnreadablePhotograph("NOT_A_PHOTOGRAPH", "required JPEG or PNG")
                 image = fundus.decode_photograph(row["image"])
-            except fundus.UnreadablePhotograph:
+            except fundus.UnreadablePhotograph as error:
+                if error.code != "TRUNCATED":
+                    raise ContributionRejected(
+                        f"IMAGE_{error.code}",
+                        "a shard holds an image that no container writes; seal it again",
+                    ) from error
                 rejected["unreadable"] += 1
                 continue
             if fundus.pixel_digest(image) != row["image_id"]:

@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from safetensors.torch import load_file
 
-from gretfound import lineage, signing, storage
+from gretfound import ledger, lineage, signing, storage
 from gretfound.encoder import folder
 from gretfound.encoder.transform import Transform
 from gretfound.errors import LineageError, ReleaseBlocked, StorageError
@@ -135,9 +135,8 @@ def read_lineage(hub_uri: str, record: Record) -> list[dict[str, Any]]:
 
 def announce(hub_uri: str, record: Release, *, key_id: str) -> None:
     """Writes a release to the ledger, unless it is there already."""
-    if not any((entry["event"], entry["subject"]) == ("released", record.id) for entry in storage.read_ledger(hub_uri)):
-        details = {"name": record.name, "licence": record.licence, "key_id": key_id}
-        storage.append_to_ledger(hub_uri, event="released", subject=record.id, details=details)
+    details = {"name": record.name, "licence": record.licence, "key_id": key_id}
+    ledger.append(hub_uri, event="released", subject=record.id, details=details)
 
 
 def read_signing_key(path: Path) -> Ed25519PrivateKey:

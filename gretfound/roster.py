@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from securesystemslib.dsse import Envelope
 
-from gretfound import signing, storage
+from gretfound import ledger, signing, storage
 from gretfound.errors import ConfigError, ContributionRejected, LineageError
 from gretfound.signing import HEX_256_BITS, Document, UnreadableDocument
 
@@ -371,7 +371,7 @@ def read_current(hub_uri: str, *, anchor: str) -> tuple[Roster, bytes]:
     folder_uri = storage.join(hub_uri, FOLDER)
     contents = [storage.read_bytes(storage.join(folder_uri, name)) for name in storage.list_names(folder_uri)]
     roster = verify_chain(contents, anchor=anchor)
-    published = [entry["subject"] for entry in storage.read_ledger(hub_uri) if entry["event"] == EVENT]
+    published = [entry.subject for entry in ledger.read(hub_uri) if entry.event == EVENT]
     if published and max(published) > roster.id:
         raise LineageError(
             f"the hub's newest roster is {roster.id}, but its ledger names {max(published)}; restore that"
@@ -393,9 +393,7 @@ def publish(hub_uri: str, content: bytes, *, anchor: str) -> Roster:
     uri = storage.join(folder_uri, f"{roster.version:08d}.json")
     if not storage.create_bytes(uri, content) and storage.read_bytes(uri) != content:
         raise ConfigError(f"another {roster.id} was published meanwhile; make the change again on top of it")
-    if all((entry["event"], entry["subject"]) != (EVENT, roster.id) for entry in storage.read_ledger(hub_uri)):
-        details = {"sha256": hashlib.sha256(content).hexdigest()}
-        storage.append_to_ledger(hub_uri, event=EVENT, subject=roster.id, details=details)
+    ledger.append(hub_uri, event=EVENT, subject=roster.id, details={"sha256": hashlib.sha256(content).hexdigest()})
     return roster
 
 

@@ -611,10 +611,10 @@ def _draw_shards(
     adapter_path: Path,
 ) -> None:
     """Draws photographs whose captions follow the released summary, never a patient's own row."""
-    from gretfound.generator import pipeline, sampling
+    from gretfound.generator import adapter, pipeline, sampling
 
     generator = pipeline.load_pipeline(base_path, adapter_path=adapter_path, device=recipe.device)
-    generator_id = f"site-{storage.sha256_of(adapter_path / pipeline.ADAPTER_TENSORS)[: lineage.ID_HEX_DIGITS]}"
+    generator_id = f"site-{storage.sha256_of(adapter_path / adapter.ADAPTER_TENSORS)[: lineage.ID_HEX_DIGITS]}"
     groups = matching.fit_groups(summary, balance={})
     cells = matching.draw_cells(groups, num=recipe.num_drawn, seed=recipe.seed)
     captions = [metadata.caption(each) for each in cells]

@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,21 +123,34 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Writes one object whole or not at all; an earlier one is replaced."""
+    """Writes one object whole or not at all; an earlier one is replaced.
+
+    Raises:
+        StorageError: If a bucket refuses it again and again.
+    """
     opened, path = filesystem(uri)
     if isinstance(opened, arrow_fs.LocalFileSystem):
         partial = _local_partial(Path(path), content)
         partial.replace(path)
         return
-    with opened.open_output_stream(path) as stream:  # object stores publish an object only when it is closed
-        stream.write(content)
+    for attempt in range(1, UPLOAD_ATTEMPTS + 1):
+        try:
+            with opened.open_output_stream(path) as stream:  # a bucket shows an object only when it is closed
+                stream.write(content)
+            break
+        except OSError as error:
+            _wait_or_give_up(uri, attempt, error)
 
 
 def create_bytes(uri: str, content: bytes) -> bool:
     """Writes one object unless there is one already; of several writers exactly one wins.
 
     Returns:
-        Whether this call wrote it.
+        Whether this call wrote it. False does not say that another did: the answer to this call's own first attempt may
+        have been lost. Read what stands there.
+
+    Raises:
+        StorageError: If a bucket refuses it again and again.
     """
     opened, path = filesystem(uri)
     if isinstance(opened, arrow_fs.LocalFileSystem):
@@ -150,11 +163,22 @@ def create_bytes(uri: str, content: bytes) -> bool:
             partial.unlink()
         return True
     remote, remote_path = fsspec.core.url_to_fs(uri)
-    try:
-        remote.pipe_file(remote_path, content, mode="create")
-    except FileExistsError:
-        return False
-    return True
+    for attempt in range(1, UPLOAD_ATTEMPTS + 1):
+        try:
+            remote.pipe_file(remote_path, content, mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:  # also S3's 409: another conditional write was under way
+            _wait_or_give_up(uri, attempt, error)
+    raise AssertionError("the last attempt gives up")
+
+
+def _wait_or_give_up(uri: str, attempt: int, error: OSError) -> None:
+    if attempt == UPLOAD_ATTEMPTS:
+        raise StorageError(f"{uri} could not be written in {attempt} attempts: {error}") from error
+    log.warning("%s was not written (attempt %d of %d): %s", uri, attempt, UPLOAD_ATTEMPTS, error)
+    time.sleep(UPLOAD_PAUSE_S * 2 ** (attempt - 1))
 
 
 def _local_partial(path: Path, content: bytes) -> Path:
@@ -218,10 +242,7 @@ def upload_file(path: Path, uri: str) -> None:
             arrow_fs.copy_files(str(path), target, source_filesystem=local, destination_filesystem=opened)
             break
         except OSError as error:  # S3, Google Cloud Storage and Azure alike: pyarrow tells their faults apart in words
-            if attempt == UPLOAD_ATTEMPTS:
-                raise StorageError(f"{uri} could not be written in {attempt} attempts: {error}") from error
-            log.warning("%s was not written (attempt %d of %d): %s", uri, attempt, UPLOAD_ATTEMPTS, error)
-            time.sleep(UPLOAD_PAUSE_S * 2 ** (attempt - 1))
+            _wait_or_give_up(uri, attempt, error)
 
 
 def download_file(uri: str, path: Path, *, sha256: str | None = None) -> None:
@@ -357,50 +378,3 @@ def _verified(content: dict[str, Any], record_id: str, expected: type[RecordT]) 
             f"the record {record_id} was changed after it was written: its content has the id {record.id}"
         )
     return record
-
-
-def append_to_ledger(hub_uri: str, *, event: str, subject: str, details: dict[str, Any] | None = None) -> str:
-    """Appends one entry to the hub's hash-chained ledger; safe with many writers.
-
-    Args:
-        hub_uri: The hub.
-        event: What happened, for example ``accepted``, ``rejected``, ``withdrawn`` or ``released``.
-        subject: The id that it happened to.
-        details: Further plain JSON-able values, without patient data.
-
-    Returns:
-        The digest of the new entry.
-    """
-    folder_uri = join(hub_uri, "ledger")
-    while True:
-        names = [name for name in list_names(folder_uri) if name.endswith(".json")]
-        previous = hashlib.sha256(read_bytes(join(folder_uri, names[-1]))).hexdigest() if names else ""
-        entry = {
-            "index": len(names),
-            "previous_sha256": previous,
-            "event": event,
-            "subject": subject,
-            "details": details or {},
-        }
-        content = lineage.canonical_json(entry)
-        if create_bytes(join(folder_uri, f"{len(names):08d}.json"), content):
-            return hashlib.sha256(content).hexdigest()
-        log.info("another writer was first at ledger entry %d; trying the next", len(names))
-
-
-def read_ledger(hub_uri: str) -> Iterable[dict[str, Any]]:
-    """Reads the ledger in order and verifies its chain.
-
-    Raises:
-        LineageError: Naming the first entry that is missing, out of order or changed.
-    """
-    folder_uri = join(hub_uri, "ledger")
-    previous = ""
-    names = [name for name in list_names(folder_uri) if name.endswith(".json")]
-    for index, name in enumerate(names):
-        content = read_bytes(join(folder_uri, name))
-        entry = json.loads(content)
-        if name != f"{index:08d}.json" or entry["index"] != index or entry["previous_sha256"] != previous:
-            raise LineageError(f"ledger entry {index} is the first bad one: it does not continue the chain")
-        previous = hashlib.sha256(content).hexdigest()
-        yield entry

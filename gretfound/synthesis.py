@@ -18,7 +18,7 @@ import ray.data
 import torch
 from diffusers import StableDiffusionPipeline
 
-from gretfound import fundus, inspection, lineage, matching, metadata, shard, storage
+from gretfound import fundus, inspection, lineage, matching, metadata, shard, storage, withdrawal
 from gretfound.errors import LineageError
 from gretfound.generator.pipeline import load_pipeline
 from gretfound.generator.sampling import draw_photographs
@@ -89,14 +89,14 @@ def contribution_of(hub_uri: str, generator: Generator) -> Contribution:
 
 
 def generators_of(hub_uri: str, generator_ids: Sequence[str]) -> list[Generator]:
-    """Returns the generators of these ids or, without ids, those of all sites.
+    """Returns the generators of these ids or, without ids, those of all sites that have not withdrawn.
 
     Raises:
         LineageError: If there is none.
     """
     if generator_ids:
         return [storage.read_record(hub_uri, generator_id, Generator) for generator_id in generator_ids]
-    found = [record for record in storage.read_records(hub_uri, Generator) if record.site_id]
+    found = [record for record in withdrawal.read_remaining(hub_uri, Generator) if record.site_id]
     if not found:
         raise LineageError(
             "the hub holds no site's generator; run jobs.finetune_generators, or jobs.intake for weights"

@@ -6,7 +6,8 @@ python -m jobs.assemble_corpus conf/corpus/retfound_de.yaml hub_uri=s3://hub
 Evaluation images, their near-duplicates and those patients' other images are left out, of this hub's registered sets
 too; so are repeats and near-duplicates among the shards. Each shard is read once, by Ray Data, for its signatures:
 planning opens none, and a run that was stopped signs only the rest. Without ``shard_set_ids`` every shard set of the
-hub is taken, except those of ``excluded_site_ids``. Records one Corpus and prints its id.
+hub is taken, except those of ``excluded_site_ids`` and of sites that have withdrawn. Records one Corpus and prints its
+id.
 """
 
 from collections.abc import Sequence
@@ -122,15 +123,17 @@ def sign_shards(hub_uri: str, parts: Sequence["Shard"], *, hash_cpus: float) -> 
 def main(argv: list[str]) -> str:
     """Runs the job; returns the corpus's id."""
     config = load(Config, argv)
-    from gretfound import corpus, duplicates, lineage, storage
+    from gretfound import corpus, duplicates, lineage, storage, withdrawal
     from gretfound.evaluation import protocol
     from gretfound.lineage import Corpus, ShardSet
 
     hub_uri = storage.normalised(config.hub_uri)
     if config.shard_set_ids:
         found = {record_id: storage.read_record(hub_uri, record_id, ShardSet) for record_id in config.shard_set_ids}
+        for each in found.values():
+            withdrawal.require_unmarked(hub_uri, each)
     else:
-        found = {each.id: each for each in storage.read_records(hub_uri, ShardSet)}
+        found = {each.id: each for each in withdrawal.read_remaining(hub_uri, ShardSet)}
     shard_sets = {name: each for name, each in found.items() if each.site_id not in config.excluded_site_ids}
     for uri in config.evaluation_uris:
         evaluation_set = protocol.read_evaluation_set(storage.normalised(uri))

@@ -127,7 +127,7 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
 
     from gretfound import fit, holdout, storage, tracking
     from gretfound.checkpoints import RayCheckpoints
-    from gretfound.generator import finetune, pipeline
+    from gretfound.generator import adapter, finetune, pipeline
     from gretfound.lineage import Generator, ShardSet
 
     work: Work = settings["work"]
@@ -164,7 +164,7 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
             **asdict(work.config.tuning),
         )
         if is_first:
-            terms = pipeline.read_adapter_terms(adapter_path)
+            terms = adapter.read_terms(adapter_path)
             record = Generator(
                 parents=(work.contribution_id, work.base_id),
                 recipe_id=work.recipe_id,
@@ -282,14 +282,14 @@ def plan(config: Config, hub_uri: str) -> list[Work]:
     Raises:
         LineageError: If a site in ``site_ids`` sent none.
     """
-    from gretfound import lineage, storage
+    from gretfound import lineage, storage, withdrawal
     from gretfound.lineage import Contribution, Generator, ShardSet
 
     base = storage.read_record(hub_uri, config.base_id, Generator)
     wanted = set(config.site_ids)
     contributions = [
         each
-        for each in storage.read_records(hub_uri, Contribution)
+        for each in withdrawal.read_remaining(hub_uri, Contribution)
         if each.form == "images" and (not wanted or each.site_id in wanted)
     ]
     absent = sorted(wanted - {each.site_id for each in contributions})

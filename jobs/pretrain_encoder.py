@@ -149,12 +149,13 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
 def main(argv: list[str]) -> str:
     """Runs the job; returns the encoder's id."""
     config = load(Config, argv)
-    from gretfound import fit, lineage, pretraining, storage, tracking
+    from gretfound import fit, lineage, pretraining, storage, tracking, withdrawal
     from gretfound.corpus import check_uncontaminated
     from gretfound.lineage import Corpus, Encoder
 
     hub_uri, weights_uri = storage.normalised(config.hub_uri), config.initial_weights_uri
     corpus = storage.read_record(hub_uri, config.corpus_id, Corpus)
+    withdrawal.require_unmarked(hub_uri, corpus)
     settings = {
         name: value for name, value in canonical(config).items() if name not in ("hub_uri", "cluster", "project")
     }

@@ -37,7 +37,7 @@ class Config:
 def main(argv: list[str]) -> str:
     """Runs the job; returns the release's id."""
     config = load(Config, argv)
-    from gretfound import lineage, release, signing, storage
+    from gretfound import lineage, release, signing, storage, withdrawal
     from gretfound.lineage import Encoder, Release, Report
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> str:
         raise ConfigError(f"signing_key_path={key_path} lies in the hub; keep the private key elsewhere")
     encoder = storage.read_record(hub_uri, config.encoder_id, Encoder)
     report = storage.read_record(hub_uri, config.report_id, Report)
+    withdrawal.require_unmarked(hub_uri, encoder)
     signing_key = release.read_signing_key(key_path)
     key_id = signing.key_id(signing_key.public_key())
     settings = {

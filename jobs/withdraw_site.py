@@ -1,19 +1,25 @@
-"""Site -> withdrawal: lists every artefact that descends from a site and enters the withdrawal into the ledger.
+"""Site -> withdrawal: marks every artefact that descends from a site, and makes the corpora that do without it.
 
     python -m jobs.withdraw_site hub_uri=file:///hub site_id=aster
 
-Nothing is deleted. The successor corpus is made by `python -m jobs.assemble_corpus` without the site's shard sets; the
-artefacts listed here, from shard sets to releases, are those that its successors replace. The last line is the
-withdrawal's id.
+Nothing is deleted. The site and everything from its records to releases is marked (`withdrawn.json` beside the
+record): intake refuses the site's packages, no new corpus takes its shards, and no encoder is pretrained on or released
+from what is marked. For every corpus with the site in it the same recipe makes a successor without it. One ledger entry
+names all. Run again, also after being killed, it goes on. The last line is the withdrawal's id.
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gretfound import config
 from gretfound.config import setting
 from gretfound.errors import ConfigError
-from jobs import console
+from jobs import assemble_corpus, console
+
+if TYPE_CHECKING:
+    from gretfound.lineage import Corpus
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Config:
 
 
 def main(argv: list[str]) -> str:
-    """Lists what descends from the site and writes one ledger entry about it, once.
+    """Marks what descends from the site, makes the successor corpora and writes one ledger entry about it, once.
 
     Returns:
         The withdrawal's id: a digest over the site and what descends from it.
@@ -35,33 +41,44 @@ def main(argv: list[str]) -> str:
     """
     loaded = config.load(Config, argv)
 
-    from gretfound import lineage, storage
+    from gretfound import ledger, lineage, storage, withdrawal
+    from gretfound.lineage import Corpus
 
     hub_uri = storage.normalised(loaded.hub_uri)
-    record_ids = descendants(hub_uri, site_id=loaded.site_id)
-    if not record_ids:
+    records = withdrawal.descendants(hub_uri, site_id=loaded.site_id)
+    if not records:
         raise ConfigError(f"the hub holds nothing of a site {loaded.site_id!r}; `ls HUB/sites` lists the sites")
-    for record_id in record_ids:
-        print(record_id, file=sys.stderr)
+    record_ids = [record.id for record in records]
     digest = lineage.digest_of({"site_id": loaded.site_id, "records": record_ids})
     withdrawal_id = f"withdrawal-{digest[: lineage.ID_HEX_DIGITS]}"
-    if not any(entry["subject"] == withdrawal_id for entry in storage.read_ledger(hub_uri)):
-        details = {"site_id": loaded.site_id, "records": record_ids}
-        storage.append_to_ledger(hub_uri, event="withdrawn", subject=withdrawal_id, details=details)
+    withdrawal.mark(hub_uri, records, site_id=loaded.site_id, withdrawal_id=withdrawal_id)
+    successors = {each.id: succeed(hub_uri, each) for each in records if isinstance(each, Corpus)}
+    for record_id in record_ids:
+        print(f"withdrawn  {record_id}  {successors.get(record_id, '')}".rstrip(), file=sys.stderr)
+    details = {"site_id": loaded.site_id, "records": record_ids, "successors": successors}
+    ledger.append(hub_uri, event="withdrawn", subject=withdrawal_id, details=details)
     return withdrawal_id
 
 
-def descendants(hub_uri: str, *, site_id: str) -> list[str]:
-    """Returns the ids of a site's records and of every record that was made from one of them, in order of the chain."""
-    from gretfound import lineage, storage
+def succeed(hub_uri: str, corpus: "Corpus") -> str:
+    """Makes a corpus again, by the configuration beside it, from those of its shard sets that are not marked.
 
-    records = [record for kind in lineage.KINDS for record in storage.read_records(hub_uri, kind)]
-    found = {record.id for record in records if getattr(record, "site_id", None) == site_id}
-    num_found = -1
-    while num_found < len(found):  # an encoder may descend from another encoder, so one pass is not enough
-        num_found = len(found)
-        found |= {record.id for record in records if found & set(record.parents)}
-    return [record.id for record in records if record.id in found]
+    Returns:
+        The successor's id; empty where nothing is left.
+    """
+    from gretfound import storage, withdrawal
+    from gretfound.lineage import ShardSet
+
+    shard_sets = storage.read_parents(hub_uri, corpus, ShardSet)
+    left = [each.id for each in shard_sets if not withdrawal.is_marked(hub_uri, each)]
+    if not left:
+        return ""
+    with storage.scratch_folder() as folder:
+        layer_path = Path(folder) / "config.yaml"
+        storage.download_file(storage.join(storage.run_uri(hub_uri, corpus.recipe_id), "config.yaml"), layer_path)
+        # Its evaluation sets are registered at the hub, so their folders need not be there any more.
+        changes = [f"hub_uri={hub_uri}", f"shard_set_ids=[{','.join(left)}]", "evaluation_uris=[]"]
+        return assemble_corpus.main([str(layer_path), *changes])
 
 
 if __name__ == "__main__":

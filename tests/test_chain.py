@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from gretfound import ledger as hub_ledger
 from gretfound import phantom, site, storage
 from gretfound.lineage import Corpus, Encoder, Generator, Release, Report, ShardSet
 from gretfound.release import verify_release
@@ -132,6 +133,6 @@ def test_chain__three_forms_become_a_release_on_s3(s3_hub: str, tmp_path: Path) 
         == generator_id
     ), "a finished record is found"
     withdraw_site.main([hub, "site_id=birch"])
-    events = [entry["event"] for entry in storage.read_ledger(hub_uri)]
+    events = [entry.event for entry in hub_ledger.read(hub_uri)]
     assert events.count("accepted") == 3 and events.count("rejected") == 1 and events.count("released") == 1
     ledger.main(["verify", hub])

@@ -19,12 +19,14 @@ ROWS = [
     {"jobs", "serve", "gretfound.site"},
     {"gretfound.outgoing"},
     {
+        "gretfound.admission",
         "gretfound.generator_evaluation",
         "gretfound.keyring",
         "gretfound.planning",
         "gretfound.pretraining",
         "gretfound.site_states",
     },
+    {"gretfound.opening"},
     {"gretfound.sealing"},
     {
         "gretfound.contribution",
@@ -38,10 +40,12 @@ ROWS = [
     {"gretfound.corpus", "gretfound.evaluation", "gretfound.generator", "gretfound.inspection"},
     {"gretfound.duplicates", "gretfound.strongbox"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
+    {"gretfound.ledger", "gretfound.withdrawal"},
     {"gretfound.storage"},
     {"gretfound.disclosure"},
     {
         "gretfound.attacker",
+        "gretfound.confinement",
         "gretfound.deidentify",
         "gretfound.holdout",
         "gretfound.matching",

@@ -7,7 +7,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file
 
-from gretfound import release, signing, storage
+from gretfound import ledger, release, signing, storage
 from gretfound.encoder import folder
 from gretfound.encoder.transform import Transform
 from gretfound.errors import ConfigError, LineageError, ReleaseBlocked, StorageError
@@ -257,10 +257,8 @@ def test_publish_release__record_ledger_and_resume(made, tmp_path):
     public_key = signing.read_public_key(tmp_path / "release.pem.pub")
     release.verify_release(storage.local_path(storage.record_uri(hub_uri, record)), public_key)
     assert publish_release.main(given) == release_id
-    entries = [entry for entry in storage.read_ledger(hub_uri) if entry["subject"] == release_id]
-    assert [(entry["event"], entry["details"]["key_id"]) for entry in entries] == [
-        ("released", signing.key_id(public_key))
-    ]
+    entries = [entry for entry in ledger.read(hub_uri) if entry.subject == release_id]
+    assert [(entry.event, entry.details["key_id"]) for entry in entries] == [("released", signing.key_id(public_key))]
     assert b"PRIVATE KEY" not in b"".join(storage.read_bytes(uri) for uri in storage.list_uris(hub_uri))
 
 

@@ -1,7 +1,6 @@
 """Storage: whole objects or none, on disk and on S3, verified by digest; a ledger that shows every change."""
 
 import concurrent.futures
-import json
 from pathlib import Path
 
 import pytest
@@ -108,20 +107,6 @@ def test_list_names__a_folder_that_another_makes_meanwhile(tmp_path: Path, monke
     monkeypatch.setattr(storage, "filesystem", lambda uri: (late, uri))
     assert storage.list_names(str(tmp_path)) == ["made"]
     assert late.looks == 2
-
-
-def test_ledger__many_writers_make_one_chain(hub_uri: str) -> None:
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(
-            pool.map(lambda index: storage.append_to_ledger(hub_uri, event="accepted", subject=f"x-{index}"), range(8))
-        )
-    entries = list(storage.read_ledger(hub_uri))
-    assert [entry["index"] for entry in entries] == list(range(8))
-    assert {entry["subject"] for entry in entries} == {f"x-{index}" for index in range(8)}
-    changed = storage.join(hub_uri, "ledger", "00000003.json")
-    storage.write_bytes(changed, json.dumps(storage.read_json(changed) | {"subject": "y"}).encode())
-    with pytest.raises(LineageError, match="entry 4 is the first bad one"):
-        list(storage.read_ledger(hub_uri))
 
 
 def test_filesystem__unknown_scheme() -> None:

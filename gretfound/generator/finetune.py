@@ -22,7 +22,7 @@ from gretfound import fit, fundus, lineage, metadata, storage
 from gretfound.averaging import Averaged
 from gretfound.checkpoints import LocalCheckpoints
 from gretfound.errors import ConfigError
-from gretfound.generator import autoencoding, denoising, pipeline
+from gretfound.generator import adapter, autoencoding, denoising, pipeline
 
 log = logging.getLogger(__name__)
 Method = Literal["lora", "full"]
@@ -159,11 +159,11 @@ def finetune_locally(
         checkpoint_every_images=checkpoint_every_images,
         on_progress=on_progress,
     )
-    terms = pipeline.AdapterTerms(
+    terms = adapter.AdapterTerms(
         method=method,
         rank=lora_rank if method == "lora" else 0,
         alpha=float(lora_rank) if method == "lora" else 0.0,
-        target_modules=pipeline.TARGET_MODULES if method == "lora" else (),
+        target_modules=adapter.TARGET_MODULES if method == "lora" else (),
         base_sha256=base_sha256,
         resolution_px=side_px,
         num_images=photographs.num_images,

@@ -1,9 +1,8 @@
 """Diffusers pipeline folders: building a small one, loading a trusted one, and adapters that a site may contribute.
 
-An adapter is tensors and a few numbers, never code: `adapter.safetensors` beside
-`adapter_config.json`. It is held against
-what the trusted pipeline implies, key by key, and merged into a copy of that pipeline. Contributed folders are never
-given to `from_pretrained`.
+An adapter is tensors and a few numbers, never code (`gretfound.generator.adapter`). It is held against what the trusted
+pipeline implies, key by key, and merged into a copy of that pipeline. Contributed folders are never given to
+`from_pretrained`.
 """
 
 import itertools
@@ -12,7 +11,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
@@ -29,37 +28,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from gretfound import storage
 from gretfound.errors import ConfigError, ContributionRejected, LineageError, StorageError
 from gretfound.generator import autoencoding
+from gretfound.generator.adapter import ADAPTER_TENSORS, ADAPTER_TERMS, TARGET_MODULES, AdapterTerms, read_terms
 from gretfound.lineage import Generator
 
 log = logging.getLogger(__name__)
-ADAPTER_TENSORS = "adapter.safetensors"
-ADAPTER_TERMS = "adapter_config.json"
-TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut")
-MAX_RANK = 1024
 _COMPONENT_LIBRARIES = ("diffusers", "transformers")
 _TOKEN_START, _TOKEN_END = "<|startoftext|>", "<|endoftext|>"
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterTerms:
-    """What an adapter says about itself; everything else follows from the base.
-
-    ``method`` is ``lora`` (low-rank factors) or ``full`` (every tensor of the UNet); ``base_sha256`` is the digest of
-    the UNet weights that it was trained from.
-    """
-
-    method: str
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    base_sha256: str
-    resolution_px: int
-    num_images: int
-    images_seen: int
-    final_loss: float
 
 
 def build_pipeline(
@@ -379,43 +356,22 @@ def adapter_tensors(unet_weights: Mapping[str, Tensor], *, method: str) -> dict[
 
 
 def save_adapter(path: Path, *, tensors: Mapping[str, Tensor], terms: AdapterTerms) -> Path:
-    """Writes an adapter folder: tensors and terms, nothing else; one that is cut short is never seen under ``path``."""
+    """Writes an adapter folder: tensors and terms, nothing else; one that is cut short is never seen under ``path``.
+
+    Low-rank factors are rounded to bfloat16, here and nowhere else: the low bits of wider numbers hold nothing that the
+    training means and room for what somebody else does. A whole UNet keeps its numbers: rounding them would lose more
+    than a fine-tuning changes.
+    """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / ADAPTER_TENSORS)
+    dtype = torch.bfloat16 if terms.method == "lora" else None
+    leaving = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(leaving, partial / ADAPTER_TENSORS)
     (partial / ADAPTER_TERMS).write_text(json.dumps(asdict(terms), indent=2, sort_keys=True) + "\n")
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     return path
-
-
-def read_adapter_terms(path: Path) -> AdapterTerms:
-    """Reads what an adapter says about itself.
-
-    Raises:
-        ContributionRejected: If it is not what `save_adapter` writes.
-    """
-    try:
-        content = json.loads((path / ADAPTER_TERMS).read_text())
-        terms = AdapterTerms(**{**content, "target_modules": tuple(content["target_modules"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ContributionRejected(
-            "ADAPTER_TERMS", f"{ADAPTER_TERMS} is not readable: {type(error).__name__}"
-        ) from error
-    numbers = (terms.rank, terms.alpha, terms.resolution_px, terms.num_images, terms.images_seen, terms.final_loss)
-    if terms.method not in ("lora", "full") or not all(isinstance(number, int | float) for number in numbers):
-        raise ContributionRejected("ADAPTER_TERMS", f"{ADAPTER_TERMS} holds values of the wrong kind")
-    if terms.method == "lora" and not (
-        isinstance(terms.rank, int) and 1 <= terms.rank <= MAX_RANK and terms.alpha > 0 and terms.target_modules
-    ):
-        raise ContributionRejected(
-            "ADAPTER_TERMS", f"found rank {terms.rank} and alpha {terms.alpha}; required 1 to {MAX_RANK} and above 0"
-        )
-    unknown = sorted(set(terms.target_modules) - set(TARGET_MODULES))
-    if unknown:
-        raise ContributionRejected("ADAPTER_TERMS", f"unknown target modules {unknown}; known: {list(TARGET_MODULES)}")
-    return terms
 
 
 def install_adapter(base_path: Path, adapter_path: Path, out_path: Path) -> Path:
@@ -429,7 +385,7 @@ def install_adapter(base_path: Path, adapter_path: Path, out_path: Path) -> Path
 
 
 def _merge_adapter(unet: UNet2DConditionModel, adapter_path: Path, *, base_sha256: str) -> None:
-    terms = read_adapter_terms(adapter_path)
+    terms = read_terms(adapter_path)
     if terms.base_sha256 != base_sha256:
         raise LineageError(
             f"the adapter was trained from the UNet {terms.base_sha256[:12]}, the base given is {base_sha256[:12]}; "
@@ -470,7 +426,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _check_tensors(found: Mapping[str, Tensor], required: Mapping[str, Tensor]) -> None:
     faults = [f"missing {name}" for name in sorted(set(required) - set(found))]
-    faults += [f"unexpected {name!r}" for name in sorted(set(found) - set(required))]
+    if num_odd := len(set(found) - set(required)):
+        faults += [f"unexpected {num_odd}"]  # their names are a stranger's words
     for name in sorted(set(found) & set(required)):
         if found[name].shape != required[name].shape:
             faults.append(f"{name} has shape {tuple(found[name].shape)}, required {tuple(required[name].shape)}")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from gretfound import fundus, shard
 from gretfound.checkpoints import LocalCheckpoints
 from gretfound.errors import ConfigError
-from gretfound.generator import finetune, pipeline
+from gretfound.generator import adapter, finetune, pipeline
 from tests.tiny_generator import rows_of, write_base
 
 SETTINGS: dict[str, Any] = {"num_images_seen": 24, "batch_size": 4, "learning_rate": 1e-2, "lora_rank": 2, "seed": 3}
@@ -52,7 +52,7 @@ def test_finetune_locally__goes_on_where_it_was_killed(site: tuple[Path, Path], 
         **again,
     )
     assert seen == [24]
-    found, required = (load_file(path / pipeline.ADAPTER_TENSORS) for path in (adapter_path, undisturbed))
+    found, required = (load_file(path / adapter.ADAPTER_TENSORS) for path in (adapter_path, undisturbed))
     assert set(found) == set(required)
     for name, tensor in required.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
@@ -71,11 +71,11 @@ def test_finetune_locally__a_held_out_photograph_leaves_no_trace(site: tuple[Pat
         finetune.finetune_locally(base_path=base_path, work_path=tmp_path, **inputs, **SETTINGS)
         for inputs in (left_out, {"shard_path": tmp_path / "without.parquet"}, {"shard_path": shard_path})
     )
-    weights, expected, others = (load_file(path / pipeline.ADAPTER_TENSORS) for path in (found, required, other))
+    weights, expected, others = (load_file(path / adapter.ADAPTER_TENSORS) for path in (found, required, other))
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
     assert any(not torch.equal(weights[name], tensor) for name, tensor in others.items())
-    assert pipeline.read_adapter_terms(found).num_images == 5
+    assert adapter.read_terms(found).num_images == 5
     assert list(finetune.read_patients([shard_path])) == [(row["image_id"], row["patient"]) for row in rows]
 
 
@@ -86,11 +86,11 @@ def test_finetune_locally__full_method_lowers_the_loss(site: tuple[Path, Path], 
         base_path=base_path, shard_path=shard_path, work_path=tmp_path, num_images_seen=240, batch_size=8,
         learning_rate=3e-3, method="full", min_snr_gamma=None, on_progress=lambda p: losses.append(p.loss),
     )  # fmt: skip
-    terms = pipeline.read_adapter_terms(adapter_path)
+    terms = adapter.read_terms(adapter_path)
     assert (terms.method, terms.num_images, terms.images_seen) == ("full", 6, 240)
     assert terms.final_loss < 0.9  # an untrained UNet predicts nothing: its loss is the noise's variance, 1
     installed = pipeline.install_adapter(base_path, adapter_path, tmp_path / "generator")
-    trained = load_file(adapter_path / pipeline.ADAPTER_TENSORS)
+    trained = load_file(adapter_path / adapter.ADAPTER_TENSORS)
     merged = load_file(installed / "unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(merged[name], tensor) for name, tensor in trained.items())
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from gretfound import storage
 from gretfound.errors import ConfigError, ContributionRejected, LineageError, StorageError
-from gretfound.generator import pipeline
+from gretfound.generator import adapter, pipeline
 from tests.tiny_generator import publish_base, unet_output, write_base
 
-TERMS = pipeline.AdapterTerms(
-    method="lora", rank=2, alpha=4.0, target_modules=pipeline.TARGET_MODULES, base_sha256="", resolution_px=32,
+TERMS = adapter.AdapterTerms(
+    method="lora", rank=2, alpha=4.0, target_modules=adapter.TARGET_MODULES, base_sha256="", resolution_px=32,
     num_images=3, images_seen=8, final_loss=0.5,
 )  # fmt: skip
 
@@ -29,7 +29,7 @@ def _write_adapter(base_path: Path, path: Path) -> tuple[Path, dict[str, torch.T
     unet = pipeline.load_pipeline(base_path).unet
     generator = torch.Generator().manual_seed(5)
     for parameter in pipeline.add_lora(unet, rank=2, alpha=4.0):
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = (0.1 * torch.randn(parameter.shape, generator=generator)).bfloat16().float()  # as it leaves
     tensors = pipeline.adapter_tensors(dict(unet.named_parameters()), method="lora")
     terms = replace(TERMS, base_sha256=pipeline.unet_sha256(base_path))
     return pipeline.save_adapter(path, tensors=tensors, terms=terms), tensors
@@ -108,10 +108,10 @@ def test_install_adapter__odd_tensors_are_named(base_path: Path, tmp_path: Path,
             tensors[name] = tensors[name][:1].clone()
         case _:
             tensors[name][0] = float("nan")
-    save_file(tensors, adapter_path / pipeline.ADAPTER_TENSORS)
+    save_file(tensors, adapter_path / adapter.ADAPTER_TENSORS)
     with pytest.raises(ContributionRejected, match="1 tensor") as caught:
         pipeline.install_adapter(base_path, adapter_path, tmp_path / "merged")
-    assert name in str(caught.value)
+    assert (name in str(caught.value)) == (fault != "unexpected"), "a stranger's words are not repeated"
     assert not (tmp_path / "merged").exists()
 
 
@@ -120,19 +120,6 @@ def test_install_adapter__of_another_base_is_refused(base_path: Path, tmp_path: 
     other_path = write_base(tmp_path / "other", seed=1)
     with pytest.raises(LineageError, match="trained from"):
         pipeline.install_adapter(other_path, adapter_path, tmp_path / "merged")
-
-
-@pytest.mark.parametrize(
-    "change", [{"rank": 0}, {"rank": "8"}, {"target_modules": ["os.system"]}, {"method": "pickle"}, {"extra": 1}]
-)
-def test_read_adapter_terms__wrong_values_are_refused(
-    base_path: Path, tmp_path: Path, change: dict[str, object]
-) -> None:
-    adapter_path, _ = _write_adapter(base_path, tmp_path / "adapter")
-    content = json.loads((adapter_path / pipeline.ADAPTER_TERMS).read_text())
-    (adapter_path / pipeline.ADAPTER_TERMS).write_text(json.dumps(content | change))
-    with pytest.raises(ContributionRejected, match="ADAPTER_TERMS"):
-        pipeline.read_adapter_terms(adapter_path)
 
 
 def test_fetch_base__record_folder_and_bucket(base_path: Path, tmp_path: Path, s3_hub: str) -> None:

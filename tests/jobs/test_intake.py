@@ -1,20 +1,47 @@
 """Intake: good packages become records, others go to quarantine with a reason, and nothing happens twice."""
 
+import concurrent.futures
 import hashlib
-import json
+import io
+import os
+import pickle
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import s3fs
+import torch
+from PIL import Image
 
-from gretfound import fundus, lineage, phantom, shard, storage
+from gretfound import (
+    admission,
+    confinement,
+    disclosure,
+    duplicates,
+    fundus,
+    keyring,
+    ledger,
+    lineage,
+    phantom,
+    shard,
+    storage,
+    withdrawal,
+)
+from gretfound.admission import History
 from gretfound.disclosure import Policy
 from gretfound.errors import ConfigError, ContributionRejected, LineageError
-from gretfound.generator import pipeline
+from gretfound.generator import adapter, pipeline
 from gretfound.keyring import Keyring
-from gretfound.lineage import Contribution, Generator, ShardSet, Site
-from jobs import intake, ledger, withdraw_site
-from tests import parties, summaries, tiny_generator
+from gretfound.lineage import Contribution, Corpus, Generator, ShardSet, Site
+from jobs import assemble_corpus, intake, withdraw_site
+from tests import faulty_s3, hubs, odd_weights, parties, summaries, tiny_generator
+from tests.faulty_s3 import Faults
 from tests.parties import Hub
 
 SIZE_PX = 64
@@ -31,6 +58,12 @@ def hub(tmp_path: Path) -> Hub:
 @pytest.fixture
 def hub_uri(hub: Hub, ray_cluster: None) -> str:
     return hub.uri
+
+
+def _s3_hub(uri: str, tmp_path: Path) -> Hub:
+    hub = Hub(uri, tmp_path / "hub.keys")
+    hub.join(tmp_path / "aster.keys", "aster")
+    return hub
 
 
 def _terms(form: str, num_images: int, **changes: Any) -> dict[str, Any]:
@@ -51,6 +84,11 @@ def _image_package(
     num_images: int = 4,
     num_damaged: int = 0,
     first_seed: int = 0,
+    odd_image: bytes = b"",
+    words_in_footer: str = "",
+    site_id: str = "aster",
+    row_site_id: str = "",
+    summary: bytes = b"",
     told_by: Policy | None = None,
     **changes: Any,
 ) -> Path:
@@ -59,18 +97,27 @@ def _image_package(
     rows = []
     for seed in range(first_seed, first_seed + num_images):
         image = phantom.draw_eye(phantom.SITES["aster"], seed=seed, size_px=SIZE_PX).image
-        row = shard.row_of(fundus.encode_png(image), site_id="aster", origin="real", cells={"sex": "female"})
+        row = shard.row_of(
+            fundus.encode_png(image), site_id=row_site_id or site_id, origin="real", cells={"sex": "female"}
+        )
         if len(rows) < num_damaged:
             row["image"] = row["image"][:200]
         rows.append(row)
-    shard.write_shard_file(staging_path / "shards" / "part-00000.parquet", rows)
+    if odd_image:
+        rows[-1]["image"] = odd_image
+    part_path = staging_path / "shards" / "part-00000.parquet"
+    shard.write_shard_file(part_path, rows)
+    if words_in_footer:
+        pq.write_table(pq.read_table(part_path).replace_schema_metadata({"note": words_in_footer}), part_path)
     summaries.write_summary(staging_path, [{"sex": "female"}] * num_images, policy=told_by)
-    return _seal(staging_path, path, **_terms("images", num_images, **changes))
+    if summary:
+        (staging_path / "summary" / "metadata_summary.json").write_bytes(summary)
+    return _seal(staging_path, path, **_terms("images", num_images, site_id=site_id, **changes))
 
 
-def _seal(staging_path: Path, path: Path, **terms: Any) -> Path:
-    ring = Keyring(folder_path=path.parent / "aster.keys", site_id="aster")
-    return parties.seal(ring, staging_path, path, **terms).path
+def _seal(staging_path: Path, path: Path, *, site_id: str, **terms: Any) -> Path:
+    ring = Keyring(folder_path=path.parent / f"{site_id}.keys", site_id=site_id)
+    return parties.seal(ring, staging_path, path, site_id=site_id, **terms).path
 
 
 @pytest.fixture(scope="module")
@@ -78,30 +125,53 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_generator.write_base(tmp_path_factory.mktemp("bases") / "base")
 
 
-def _weights_package(path: Path, base_path: Path, *, rank: int = 2, stated_rank: int = 2) -> Path:
+def _weights_package(
+    path: Path,
+    base_path: Path,
+    *,
+    rank: int = 2,
+    stated_rank: int = 2,
+    method: str = "lora",
+    factor: float = 1.0,
+    fault: str = "",
+    content: bytes = b"",
+    stated_base_sha256: str = "",
+    told_by: Policy | None = None,
+    **changes: Any,
+) -> Path:
     staging_path = path.with_suffix("")
     unet = pipeline.load_pipeline(base_path).unet
-    pipeline.add_lora(unet, rank=rank, alpha=rank)
+    if method == "full":
+        tensors = {name: 1.01 * tensor for name, tensor in unet.state_dict().items()}
+    generator = torch.Generator().manual_seed(rank)
+    for parameter in pipeline.add_lora(unet, rank=rank, alpha=rank):
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
     base_sha256 = pipeline.unet_sha256(base_path)
-    terms = pipeline.AdapterTerms(
-        method="lora",
+    terms = adapter.AdapterTerms(
+        method=method,
         rank=stated_rank,
         alpha=2.0,
-        target_modules=pipeline.TARGET_MODULES,
-        base_sha256=base_sha256,
+        target_modules=adapter.TARGET_MODULES,
+        base_sha256=stated_base_sha256 or base_sha256,
         resolution_px=32,
         num_images=9,
         images_seen=64,
         final_loss=0.5,
     )
     staging_path.mkdir(parents=True)
-    tensors = pipeline.adapter_tensors(dict(unet.named_parameters()), method="lora")
+    if method == "lora":
+        tensors = pipeline.adapter_tensors(dict(unet.named_parameters()), method="lora")
+        tensors = {name: factor * each if "lora_B" in name else each for name, each in tensors.items()}
     pipeline.save_adapter(staging_path / "weights", tensors=tensors, terms=terms)
-    summaries.write_summary(staging_path, [{"sex": "female"}] * 9)
+    if content:
+        (staging_path / "weights" / adapter.ADAPTER_TENSORS).write_bytes(content)
+    if fault:
+        odd_weights.spoil(staging_path / "weights" / adapter.ADAPTER_TENSORS, fault)
+    summaries.write_summary(staging_path, [{"sex": "female"}] * 9, policy=told_by)
     (staging_path / "training").mkdir()
     (staging_path / "training" / "config.json").write_text("{}")
     (staging_path / "training" / "metrics.jsonl").write_text('{"images_seen":64,"loss":0.5}\n')
-    return _seal(staging_path, path, **_terms("weights", 9, base_sha256=base_sha256))
+    return _seal(staging_path, path, **_terms("weights", 9, base_sha256=base_sha256, **changes))
 
 
 def _publish_base(hub_uri: str, base_path: Path) -> Generator:
@@ -115,8 +185,7 @@ def _records(hub_uri: str) -> list[str]:
 
 
 def _events(hub_uri: str) -> list[tuple[str, str]]:
-    entries = [entry for entry in storage.read_ledger(hub_uri) if entry["event"] != "roster"]
-    return [(entry["event"], entry["details"]["code"]) for entry in entries]
+    return [(entry.event, entry.details["code"]) for entry in ledger.read(hub_uri) if entry.event != "roster"]
 
 
 @pytest.mark.parametrize("policy", ["standard", "demonstration"])
@@ -144,7 +213,7 @@ def test_main__admits_photographs(hub_uri: str, tmp_path: Path) -> None:
     assert (shard_set.num_images, shard_set.origin, shard_set.rejected) == (4, "real", {})
     rows = list(shard.read_rows(storage.join(hub_uri, shard_set.shards[0].path)))
     assert [row["sex"] for row in rows] == ["female"] * 4
-    made = intake.made_by(hub_uri, record)
+    made = admission.made_by(hub_uri, record)
     assert (made.contribution_id, made.shard_set_id, made.generator_id) == (contribution_id, shard_set.id, "")
     assert _events(hub_uri) == [("accepted", "")]
 
@@ -161,7 +230,7 @@ def test_main__admits_weights_as_a_generator(hub_uri: str, tmp_path: Path, base_
     path = _weights_package(tmp_path / "package.age", base_path)
     contribution_id = intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY])
     record = storage.read_record(hub_uri, contribution_id, Contribution)
-    generator_id = intake.made_by(hub_uri, record).generator_id
+    generator_id = admission.made_by(hub_uri, record).generator_id
     generator = storage.read_record(hub_uri, generator_id, Generator)
     assert set(generator.parents) == {contribution_id, base.id}
     assert (generator.site_id, generator.base_id, generator.method) == ("aster", base.id, "lora")
@@ -170,7 +239,7 @@ def test_main__admits_weights_as_a_generator(hub_uri: str, tmp_path: Path, base_
     assert pipeline.load_pipeline(fetched).unet.config.sample_size == 16
 
 
-@pytest.mark.parametrize(("case", "code"), [("no base", "UNKNOWN_BASE"), ("wrong rank", "ADAPTER_TENSORS")])
+@pytest.mark.parametrize(("case", "code"), [("no base", "UNKNOWN_BASE"), ("wrong rank", "W2_SHAPE")])
 def test_main__rejects_weights_that_do_not_fit(
     hub_uri: str, tmp_path: Path, base_path: Path, case: str, code: str
 ) -> None:
@@ -228,33 +297,31 @@ def test_main__goes_on_after_being_killed_at_any_write(hub_uri: str, tmp_path: P
     contribution_id = intake.main(arguments)
     records, events = _records(hub_uri), _events(hub_uri)
     record = storage.read_record(hub_uri, contribution_id, Contribution)
+    made = admission.made_by(hub_uri, record)
+    steps = [f"admissions/{made.package_sha256}/{number:03d}.json" for number in range(9)]
+    verdict = storage.read_json(storage.join(hub_uri, steps[-1]))
+    assert verdict["state"] == "ADMITTED"
     written = [  # in the order of writing, last first: each prefix of removals is what a kill leaves behind
+        f"receipts/{made.package_sha256}-008.json",
         "ledger/00000002.json",
         f"runs/{record.recipe_id}/record.json",
         f"contributions/{contribution_id}/record.json",
         f"contributions/{contribution_id}/summary/metadata_summary.json",
-        f"shards/{intake.made_by(hub_uri, record).shard_set_id}/record.json",
+        f"runs/{record.recipe_id}/outcome.json",
+        f"shards/{made.shard_set_id}/record.json",
+        *reversed(steps),
     ]
-    for length in range(1, len(written) + 1):
+    for length in (1, 3, 5, 7, 12, len(written)):
         for name in written[:length]:
             (tmp_path / "hub" / name).unlink()
         assert intake.main(arguments) == contribution_id
         assert (_records(hub_uri), _events(hub_uri)) == (records, events)
+        assert all((tmp_path / "hub" / name).exists() for name in written)
 
 
 def test_main__an_empty_inbox_is_an_error(hub_uri: str) -> None:
     with pytest.raises(ConfigError, match="no package"):
         intake.main([f"hub_uri={hub_uri}"])
-
-
-def test_main__works_on_an_object_store(s3_hub: str, ray_cluster: None, tmp_path: Path) -> None:
-    hub = Hub(storage.join(s3_hub, "intake"), tmp_path / "hub.keys")
-    hub.join(tmp_path / "aster.keys", "aster")
-    path = _image_package(tmp_path / "package.age", num_images=2, first_seed=100)
-    arguments = (hub.uri, str(path), "demonstration", hub.keys_path, hub.roster, [])
-    outcome = intake.admit(*arguments)
-    assert storage.read_record(hub.uri, outcome.shard_set_id, ShardSet).num_images == 2
-    assert intake.admit(*arguments) == outcome
 
 
 def test_main__takes_a_sites_packages_in_their_turn_whatever_the_order(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
@@ -264,8 +331,16 @@ def test_main__takes_a_sites_packages_in_their_turn_whatever_the_order(hub: Hub,
         intake.main([f"hub_uri={hub_uri}", missing, POLICY])
     assert caught.value.code == "PREVIOUS_MISSING" and _records(hub_uri) == [] and _events(hub_uri) == []
     assert storage.list_names(storage.join(hub_uri, "quarantine")) == []
+    assert storage.list_names(storage.join(hub_uri, "receipts")) == []
     intake.main([f"hub_uri={hub_uri}", f"package_uris=[{paths[2]},{paths[1]},{paths[0]}]", POLICY])
     assert _events(hub_uri) == [("accepted", "")] * 3
+
+
+def test_main__a_rejected_package_keeps_its_number(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
+    bad = _image_package(tmp_path / "bad.age", num_images=2, odd_image=_odd_image("GIF"))
+    good = _image_package(tmp_path / "good.age", num_images=1)
+    intake.main([f"hub_uri={hub_uri}", f"package_uris=[{bad},{good}]", POLICY])
+    assert sorted(_events(hub_uri)) == [("accepted", ""), ("rejected", "IMAGE_NOT_A_PHOTOGRAPH")]
 
 
 def test_main__a_package_may_follow_one_that_is_lost(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
@@ -285,39 +360,419 @@ def test_main__rejects_and_notes_what_nobody_may_send(hub: Hub, hub_uri: str, tm
     assert (_records(hub_uri), _events(hub_uri)) == ([], [("rejected", "SITE_SUSPENDED")])
 
 
-def test_withdraw_site__lists_what_descends_from_a_site(hub_uri: str, tmp_path: Path) -> None:
-    ours = _image_package(tmp_path / "ours.age", num_images=2)
-    intake.main([f"hub_uri={hub_uri}", f"package_uris=[{ours}]", POLICY])
-    shard_set = next(iter(storage.read_records(hub_uri, ShardSet)))
-    other = ShardSet(site_id="birch", origin="real", num_images=1, shards=(), rejected={})
-    storage.write_record(hub_uri, other)
+def _admit(hub: Hub, path: Path, *, policy: str = "demonstration", **limits: Any) -> admission.Outcome:
+    return admission.admit(
+        hub.uri,
+        str(path),
+        policy=policy,
+        keys_path=hub.keys_path,
+        roster=hub.roster,
+        limits=confinement.Limits(**limits),
+        cpu_s_per_mib=2.0,
+    )
+
+
+def test_admit__works_on_an_object_store(s3_hub: str, tmp_path: Path) -> None:
+    hub = _s3_hub(storage.join(s3_hub, "intake"), tmp_path)
+    path = _image_package(tmp_path / "package.age", num_images=2, first_seed=100)
+    outcome = _admit(hub, path)
+    assert storage.read_record(hub.uri, outcome.shard_set_id, ShardSet).num_images == 2
+    assert _admit(hub, path) == outcome
+    states = [step.state for step in History(hub.uri, outcome.package_sha256).steps]
+    assert states == [*admission.STATES, "ADMITTED"]
+
+
+def test_admit__says_what_it_did_not_judge_and_writes_a_receipt(hub: Hub, tmp_path: Path) -> None:
+    outcome = _admit(hub, _image_package(tmp_path / "package.age", num_images=2))
+    steps = {step.state: step.message for step in History(hub.uri, outcome.package_sha256).steps}
+    assert "no privacy gate" in steps["PRIVACY"] and "no probes" in steps["BEHAVIOUR"]
+    book = ledger.Ledger(hub.uri)
+    for _ in range(2):
+        admission.enter(book, hub.uri, outcome)
+    receipts_uri = storage.join(hub.uri, "receipts")
+    (uri,) = storage.list_uris(receipts_uri)
+    receipt = storage.read_json(uri)
+    assert (receipt["verdict"], receipt["contribution_id"]) == ("ADMITTED", outcome.contribution_id)
+    assert ledger.verify(hub.uri, anchors=ledger.read_anchors(receipts_uri))
+    (tmp_path / "hub" / "ledger" / "00000002.json").unlink()
+    with pytest.raises(LineageError, match="entry 2 is the first bad one"):
+        ledger.verify(hub.uri, anchors=ledger.read_anchors(receipts_uri))
+
+
+def test_admit__two_workers_race_for_one_verdict(s3_hub: str, tmp_path: Path) -> None:
+    hub = _s3_hub(storage.join(s3_hub, "race"), tmp_path)
+    path = _image_package(tmp_path / "package.age", num_images=2, first_seed=50)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        outcomes = list(pool.map(lambda _: _admit(hub, path), range(3)))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda each: admission.enter(ledger.Ledger(hub.uri), hub.uri, each), outcomes))
+    states = [step.state for step in History(hub.uri, outcomes[0].package_sha256).steps]
+    assert states == [*admission.STATES, "ADMITTED"]
+    assert _events(hub.uri) == [("accepted", "")]
+    assert len(_records(hub.uri)) == 3
+
+
+def test_history__of_two_verdicts_the_first_stands(tmp_path: Path) -> None:
+    ours, theirs = History(str(tmp_path), "0" * 64), History(str(tmp_path), "0" * 64)
+    ours.add("RECEIVED")
+    theirs.add("RECEIVED")
+    theirs.add("DECRYPTED")
+    ours.add("REJECTED", code="LIMIT_CPU")
+    theirs.add("SIGNED")
+    theirs.add("ADMITTED")
+    assert [step.state for step in theirs.steps] == ["RECEIVED", "DECRYPTED", "REJECTED"]
+    assert theirs.verdict == ours.verdict and theirs.verdict is not None and theirs.verdict.code == "LIMIT_CPU"
+    theirs.reopen()
+    assert theirs.verdict is not None, "a rejection stands"
+
+
+def test_main__a_quarantined_package_waits_and_may_be_examined_again(
+    hub_uri: str, tmp_path: Path, base_path: Path
+) -> None:
+    path = _weights_package(tmp_path / "package.age", base_path)
+    arguments = [f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY]
+    for _ in range(2):
+        with pytest.raises(ContributionRejected, match="UNKNOWN_BASE"):
+            intake.main(arguments)
+    assert _records(hub_uri) == [] and _events(hub_uri) == [("quarantined", "UNKNOWN_BASE")]
+    base = _publish_base(hub_uri, base_path)
+    with pytest.raises(ContributionRejected, match="UNKNOWN_BASE"):
+        intake.main(arguments)
+    contribution_id = intake.main([*arguments, "is_reopened=true"])
+    record = storage.read_record(hub_uri, contribution_id, Contribution)
+    assert storage.read_record(hub_uri, admission.made_by(hub_uri, record).generator_id, Generator).base_id == base.id
+    assert [event for event, _ in _events(hub_uri)] == ["quarantined", "accepted"]
+    reason = storage.read_json(storage.join(hub_uri, "quarantine", record.package_sha256, "reason.json"))
+    assert reason["verdict"] == "ADMITTED"
+
+
+def test_admit__standard_takes_no_whole_unet_and_demonstration_does(hub: Hub, tmp_path: Path, base_path: Path) -> None:
+    _publish_base(hub.uri, base_path)
+    terms: dict[str, Any] = {"method": "full", "policy": "standard/1"}
+    first = _weights_package(tmp_path / "first.age", base_path, told_by=disclosure.read_policy("standard"), **terms)
+    second = _weights_package(tmp_path / "second.age", base_path, **terms)
+    assert _admit(hub, first, policy="standard").code == "W2_METHOD"
+    outcome = _admit(hub, second)
+    assert (outcome.verdict, outcome.code) == ("ADMITTED", "")
+
+
+class _Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_admit__executes_nothing_of_a_package(hub: Hub, tmp_path: Path, base_path: Path) -> None:
+    _publish_base(hub.uri, base_path)
+    canary = tmp_path / "canary"
+    # A pickle whose ninth byte is that of a safetensors file, so that it is sealed without a fault.
+    evil = b"Vxxxxxxx{\n0" + pickle.dumps(_Touch(canary), protocol=0)
+    pickle.loads(evil)
+    assert canary.exists(), "it would run"
+    canary.unlink()
+    path = _weights_package(tmp_path / "package.age", base_path, content=evil)
+    outcome = _admit(hub, path)
+    assert (outcome.verdict, outcome.code) == ("REJECTED", "W0_HEADER")
+    assert not canary.exists()
+
+
+def test_admit__rejects_weights_of_another_base_than_the_manifests(hub: Hub, tmp_path: Path, base_path: Path) -> None:
+    _publish_base(hub.uri, base_path)
+    path = _weights_package(tmp_path / "package.age", base_path, stated_base_sha256="0" * 64)
+    assert _admit(hub, path).code == "BASE_MISMATCH"
+
+
+def test_admit__holds_weights_against_other_sites(hub: Hub, tmp_path: Path, base_path: Path) -> None:
+    base = _publish_base(hub.uri, base_path)
+    first = _admit(hub, _weights_package(tmp_path / "first.age", base_path))
+    base_sha256 = pipeline.unet_sha256(base_path)
+    folder_uri = storage.join(hub.uri, "cohorts", base_sha256)
+    assert storage.list_names(folder_uri) == ["aster.json"] and base.id
+    measured = storage.read_json(storage.join(folder_uri, "aster.json"))
+    for index in range(adapter.MIN_COHORT):  # sites whose adapters do a tenth of what the next one does
+        other = measured | {"largest_singular_value": (0.1 + 0.001 * index) * measured["largest_singular_value"]}
+        storage.write_json(storage.join(folder_uri, f"site-{index}.json"), other)
+    second = _weights_package(tmp_path / "second.age", base_path, rank=3, stated_rank=3)
+    outcome = _admit(hub, second)
+    assert (outcome.verdict, outcome.code, outcome.site_id) == ("QUARANTINED", "W4_OUTLIER", "aster")
+    generators = [record for record in storage.read_records(hub.uri, Generator) if record.site_id]
+    assert [record.id for record in generators] == [first.generator_id]
+
+
+def _odd_image(case: str) -> bytes:
+    """Encodes an image that is small as a file and not as pixels, or is none."""
+    stream = io.BytesIO()
+    match case:
+        case "120 megapixels":
+            Image.new("L", (12_000, 10_000)).save(stream, "PNG")
+        case "20k x 20k":
+            Image.new("1", (20_000, 20_000)).save(stream, "PNG")
+        case "TIFF of 25k x 25k":
+            Image.new("1", (25_000, 25_000)).save(stream, "TIFF", compression="group4")
+        case "TIFF of many frames":
+            frames = [Image.new("L", (8, 8)) for _ in range(1000)]
+            frames[0].save(stream, "TIFF", save_all=True, append_images=frames[1:])
+        case "animated PNG":
+            frames = [Image.new("L", (8, 8), level) for level in (0, 255)]
+            frames[0].save(stream, "PNG", save_all=True, append_images=frames[1:])
+        case "GIF":
+            Image.new("L", (8, 8)).save(stream, "GIF")
+        case "FITS":
+            stream.write(b"SIMPLE  =                    T".ljust(2880))
+        case "PSD":
+            stream.write(b"8BPS\0\1" + bytes(100))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("case", "code"),
+    [
+        ("120 megapixels", "IMAGE_TOO_MANY_PIXELS"),
+        pytest.param("20k x 20k", "IMAGE_TOO_MANY_PIXELS", marks=pytest.mark.slow),
+        ("TIFF of 25k x 25k", "IMAGE_NOT_A_PHOTOGRAPH"),
+        pytest.param("TIFF of many frames", "IMAGE_NOT_A_PHOTOGRAPH", marks=pytest.mark.slow),
+        ("animated PNG", "IMAGE_SEVERAL_FRAMES"),
+        ("GIF", "IMAGE_NOT_A_PHOTOGRAPH"),
+        pytest.param("FITS", "IMAGE_NOT_A_PHOTOGRAPH", marks=pytest.mark.slow),
+        pytest.param("PSD", "IMAGE_NOT_A_PHOTOGRAPH", marks=pytest.mark.slow),
+    ],
+)
+def test_admit__rejects_image_bombs_and_lives_on(hub: Hub, tmp_path: Path, case: str, code: str) -> None:
+    path = _image_package(tmp_path / "package.age", num_images=2, odd_image=_odd_image(case))
+    reply = confinement.run(
+        "gretfound.opening",
+        {
+            "task": "open",
+            "package_path": str(path),
+            "into_path": str(tmp_path / "work" / "opened"),
+            "identities": hub.identities,
+            "roster": hub.roster.to_bytes().decode(),
+            "today": datetime.now(UTC).date().isoformat(),
+        },
+        folder_path=_made(tmp_path / "work"),
+        limits=confinement.Limits(),
+        is_namespace_required=False,
+    )
+    assert reply.code == code
+    assert 0 < reply.peak_bytes < 300 * 2**20
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_admit__a_package_at_a_limit_is_rejected_with_its_code(hub: Hub, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), np.uint8)
+    path = _image_package(tmp_path / "package.age", num_images=2, odd_image=fundus.encode_png(noise))
+    outcome = _admit(hub, path, file_bytes=2**20)
+    assert (outcome.verdict, outcome.code) == ("REJECTED", "LIMIT_FILE_SIZE")
+    assert storage.read_json(storage.join(hub.uri, "quarantine", outcome.package_sha256, "reason.json"))["code"]
+    assert _admit(hub, path) == outcome, "one verdict, also with more room later"
+
+
+def test_admit__keeps_no_hidden_bytes_of_a_shard(hub: Hub, tmp_path: Path) -> None:
+    path = _image_package(tmp_path / "package.age", num_images=2, words_in_footer="MRN 12345")
+    assert b"MRN 12345" in (tmp_path / "package" / "shards" / "part-00000.parquet").read_bytes()
+    outcome = _admit(hub, path)
+    (part,) = storage.read_record(hub.uri, outcome.shard_set_id, ShardSet).shards
+    assert b"MRN 12345" not in storage.read_bytes(storage.join(hub.uri, part.path))
+
+
+def _through_faults(hub: Hub, path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> admission.Outcome:
+    monkeypatch.setattr(storage, "UPLOAD_PAUSE_S", 0.01)
+    with faulty_s3.serve(os.environ["AWS_ENDPOINT_URL"], faults) as endpoint, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()  # it remembers the endpoint
+        outcome = _admit(hub, path)
+        admission.enter(ledger.Ledger(hub.uri), hub.uri, outcome)
+    s3fs.S3FileSystem.clear_instance_cache()
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("kinds", "within"),
+    [
+        (("conflict", "lost"), "/admissions/"),
+        pytest.param(("slow down", "lost", "conflict"), "/admissions/", marks=pytest.mark.slow),
+        pytest.param(("slow down", "checksum"), "", marks=pytest.mark.slow),
+        pytest.param(("lost",), "", marks=pytest.mark.slow),
+    ],
+)
+def test_admit__gives_one_verdict_through_a_faulty_bucket(
+    s3_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...], within: str
+) -> None:
+    hub = _s3_hub(storage.join(s3_hub, "-".join(kinds).replace(" ", "-")), tmp_path)
+    path = _image_package(tmp_path / "package.age", num_images=2, first_seed=70)
+    faults = Faults(kinds=kinds, within=within)
+    outcome = _through_faults(hub, path, faults, monkeypatch)
+    assert all(faults.made[kind] >= 9 for kind in kinds), "each of the nine steps had each fault"
+    states = [step.state for step in History(hub.uri, outcome.package_sha256).steps]
+    assert states == [*admission.STATES, "ADMITTED"]
+    assert _events(hub.uri) == [("accepted", "")] and len(_records(hub.uri)) == 3
+    assert _admit(hub, path) == outcome
+    assert not [uri for uri in storage.list_uris(hub.uri) if "partial" in uri]
+
+
+def _mixed_packages(hub: Hub, folder_path: Path, base_path: Path, *, num: int) -> dict[Path, str]:
+    """Makes packages of which a third is good, one a site; returns the code that each has to get, empty for a good one.
+
+    Those with weights come last.
+    """
+    found: dict[Path, str] = {}
+
+    def join(name: str) -> dict[str, Any]:
+        hub.join(folder_path / f"site-{name}.keys", f"site-{name}")
+        return {"site_id": f"site-{name}"}
+
+    def put(name: str, content: bytes, code: str) -> None:
+        (folder_path / f"{name}.age").write_bytes(content)
+        found[folder_path / f"{name}.age"] = code
+
+    good = _image_package(folder_path / "first.age", num_images=2, first_seed=1000)
+    whole = good.read_bytes()
+    found[good] = ""
+    put("cut", whole[:-4000], "DAMAGED")
+    put("longer", whole + bytes(512), "DAMAGED")
+    put("flipped", whole[:-3000] + bytes([whole[-3000] ^ 1]) + whole[-2999:], "DAMAGED")
+    put("words", b"nothing of a package" * 100, "NOT_SEALED")
+    stranger = keyring.make(folder_path / "stranger.keys", "stranger")
+    stranger.hub_path.write_bytes((folder_path / "aster.keys" / stranger.hub_path.name).read_bytes())
+    found[_image_package(folder_path / "stranger.age", num_images=2, site_id="stranger")] = "UNKNOWN_SITE"
+    images = {
+        "bomb": ({"odd_image": _odd_image("120 megapixels")}, "IMAGE_TOO_MANY_PIXELS"),
+        "gif": ({"odd_image": _odd_image("GIF")}, "IMAGE_NOT_A_PHOTOGRAPH"),
+        "theirs": ({"row_site_id": "birch"}, "SITE_MISMATCH"),
+        "unsummed": ({"summary": b"{}"}, "BAD_SUMMARY"),
+    }
+    for name, (changes, code) in images.items():
+        found[_image_package(folder_path / f"{name}.age", num_images=2, **join(name), **changes)] = code
+    weights: dict[str, tuple[dict[str, Any], str]] = {
+        "scaled": ({"factor": 50.0}, "W4_NORM"),
+        "unlearned": ({"factor": 0.0}, "W5_ZERO"),
+        "fine": ({}, ""),
+    }
+    weights |= {name: ({"fault": name}, odd_weights.FAULTS[name]) for name in ("NaN", "words", "float32", "hole")}
+    for name, (changes, code) in weights.items():
+        site = join(f"w-{name.lower()}")
+        found[_weights_package(folder_path / f"w-{name}.age", base_path, **site, **changes)] = code
+    rest = num - len(found)
+    for index in range(rest):
+        path = folder_path / f"more-{index:03d}.age"
+        is_good = index < rest // 2
+        odd_image = b"" if is_good else b"GIF89a" + index.to_bytes(4, "big")
+        _image_package(path, num_images=2, first_seed=2 * index, odd_image=odd_image, **join(f"{index}"))
+        found[path] = "" if is_good else "IMAGE_NOT_A_PHOTOGRAPH"
+    return dict(sorted(found.items(), key=lambda each: each[0].name))
+
+
+def _verdicts(hub_uri: str, packages: dict[Path, str]) -> dict[Path, list[tuple[str, str]]]:
+    histories = {path: History(hub_uri, storage.sha256_of(path)) for path in packages}
+    return {path: [(s.state, s.code) for s in each.steps if s.is_verdict] for path, each in histories.items()}
+
+
+def _killed_and_run_again(hub_uri: str, packages: dict[Path, str], command: list[str], *, after: int) -> None:
+    """Kills ``command`` once there are ``after`` verdicts, takes the packages in again, and looks at what there is."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while sum(map(bool, _verdicts(hub_uri, packages).values())) < after:
+        assert running.poll() is None, "it ended before it was killed"
+        time.sleep(0.2)
+    running.kill()
+    running.wait()
+    assert after <= sum(map(bool, _verdicts(hub_uri, packages).values())) < len(packages)
+
+    arguments = [f"hub_uri={hub_uri}", f"package_uris=[{','.join(map(str, packages))}]", POLICY]
+    intake_id = intake.main(arguments)
+
+    required = {}
+    for path, code in packages.items():
+        state = "ADMITTED" if not code else "QUARANTINED" if code in admission.QUARANTINE_CODES else "REJECTED"
+        required[path] = [(state, code)]
+    assert _verdicts(hub_uri, packages) == required
+    events = _events(hub_uri)
+    assert sorted(code for _, code in events) == sorted(packages.values())
+    assert [event for event, code in events if not code] == ["accepted"] * list(packages.values()).count("")
+    num_good = list(packages.values()).count("")
+    assert len(list(storage.read_records(hub_uri, Contribution))) == num_good
+    assert len(list(storage.read_records(hub_uri, ShardSet))) == num_good - 1, "quarantined ones made none"
+    assert len(list(storage.read_records(hub_uri, Generator))) == 2, "the base and the one good adapter"
+    assert len(storage.list_names(storage.join(hub_uri, "receipts"))) == len(packages)
+    records = _records(hub_uri)
+    assert intake.main(arguments) == intake_id
+    assert (_records(hub_uri), _events(hub_uri)) == (records, events)
+    ledger.verify(hub_uri, anchors=ledger.read_anchors(storage.join(hub_uri, "receipts")))
+
+
+def test_main__thirty_packages_killed_in_the_middle(hub: Hub, hub_uri: str, tmp_path: Path, base_path: Path) -> None:
+    _publish_base(hub_uri, base_path)
+    packages = _mixed_packages(hub, tmp_path, base_path, num=30)
+    one_by_one = (
+        "import sys; from pathlib import Path; from gretfound import admission, confinement, roster, strongbox\n"
+        "hub_uri, keys_path = sys.argv[1], Path(sys.argv[2])\n"
+        "sites, _ = roster.read_current(hub_uri, anchor=strongbox.read_anchor(keys_path))\n"
+        "terms = {'policy': 'demonstration', 'keys_path': keys_path, 'roster': sites}\n"
+        "for uri in sys.argv[3:]:\n"
+        "    admission.admit(hub_uri, uri, limits=confinement.Limits(), cpu_s_per_mib=2.0, **terms)\n"
+    )
+    command = [sys.executable, "-c", one_by_one, hub_uri, str(hub.keys_path), *map(str, packages)]
+    _killed_and_run_again(hub_uri, packages, command, after=5)
+
+
+@pytest.mark.slow
+def test_main__hundred_packages_and_the_job_itself_is_killed(
+    hub: Hub, hub_uri: str, tmp_path: Path, base_path: Path
+) -> None:
+    _publish_base(hub_uri, base_path)
+    packages = _mixed_packages(hub, tmp_path, base_path, num=100)
+    command = [sys.executable, "-m", "jobs.intake", f"hub_uri={hub_uri}"]
+    command += [f"package_uris=[{','.join(map(str, packages))}]", POLICY]
+    _killed_and_run_again(hub_uri, packages, command, after=30)
+
+
+def test_admit__takes_nothing_of_a_site_that_has_withdrawn(hub: Hub, tmp_path: Path) -> None:
+    withdrawal.mark(hub.uri, [], site_id="aster", withdrawal_id="withdrawal-1")
+    assert _admit(hub, _image_package(tmp_path / "package.age", num_images=2)).code == "SITE_WITHDRAWN"
+
+
+def test_withdraw_site__marks_what_descends_and_makes_the_successor(hub: Hub, tmp_path: Path) -> None:
+    hub_uri = hub.uri
+    ours = _admit(hub, _image_package(tmp_path / "ours.age", num_images=3))
+    theirs = hubs.draw_shard_set(hub_uri, "birch", num_images=4)
+    for shard_set in storage.read_records(hub_uri, ShardSet):
+        for part in shard_set.shards:
+            duplicates.sign_shard(hub_uri, part)
+    at_hub = f"hub_uri={hub_uri}"
+    corpus_id = assemble_corpus.main([at_hub, "temperature=0.5"])
+    alone_id = assemble_corpus.main([at_hub, "temperature=0.5", f"shard_set_ids=[{ours.shard_set_id}]"])
     terms = {"objective": "mae", "image_size_px": 64, "images_seen": 1, "final_loss": 0.0}
-    first = lineage.Encoder(parents=(shard_set.id,), architecture="a", **terms)  # type: ignore[arg-type]
+    first = lineage.Encoder(parents=(corpus_id,), architecture="a", **terms)  # type: ignore[arg-type]
     second = lineage.Encoder(parents=(first.id,), architecture="b", **terms)  # type: ignore[arg-type]
-    unrelated = lineage.Encoder(parents=(other.id,), architecture="c", **terms)  # type: ignore[arg-type]
+    unrelated = lineage.Encoder(parents=(theirs.id,), architecture="c", **terms)  # type: ignore[arg-type]
     for record in (first, second, unrelated):
         storage.write_record(hub_uri, record)
 
-    withdrawal_id = withdraw_site.main([f"hub_uri={hub_uri}", "site_id=aster"])
+    withdrawal_id = withdraw_site.main([at_hub, "site_id=aster"])
 
-    found = withdraw_site.descendants(hub_uri, site_id="aster")
-    assert {first.id, second.id, shard_set.id} < set(found)
-    assert not {unrelated.id, other.id} & set(found)
-    assert withdraw_site.main([f"hub_uri={hub_uri}", "site_id=aster"]) == withdrawal_id
-    entries = [entry for entry in storage.read_ledger(hub_uri) if entry["event"] == "withdrawn"]
-    assert [entry["details"]["records"] for entry in entries] == [found]
+    found = withdrawal.descendants(hub_uri, site_id="aster")
+    found_ids = [record.id for record in found]
+    assert {first.id, second.id, ours.shard_set_id, ours.contribution_id, corpus_id} < set(found_ids)
+    assert all(withdrawal.is_marked(hub_uri, record) for record in found)
+    assert not {unrelated.id, theirs.id} & set(found_ids) and not withdrawal.is_marked(hub_uri, theirs)
+    assert withdraw_site.main([at_hub, "site_id=aster"]) == withdrawal_id
+    (entry,) = [entry for entry in ledger.read(hub_uri) if entry.event == "withdrawn"]
+    assert entry.details["records"] == found_ids
+    assert entry.details["successors"].pop(alone_id) == "", "nothing is left of a corpus of that site alone"
+    (successor_id,) = entry.details["successors"].values()
+    successor = storage.read_record(hub_uri, successor_id, Corpus)
+    assert (successor.site_ids, successor.parents) == (("birch",), (theirs.id,))
+    assert successor_id == assemble_corpus.main([at_hub, "temperature=0.5"]), "the same recipe, without the site"
+    with pytest.raises(LineageError, match="has withdrawn"):
+        assemble_corpus.main([at_hub, f"shard_set_ids=[{ours.shard_set_id}]"])
+    with pytest.raises(LineageError, match="has withdrawn"):
+        withdrawal.require_unmarked(hub_uri, first)
     with pytest.raises(ConfigError, match="nothing of a site"):
-        withdraw_site.main([f"hub_uri={hub_uri}", "site_id=cedar"])
-
-
-def test_ledger__verify_names_the_first_bad_entry(tmp_path: Path) -> None:
-    hub_uri = storage.normalised(str(tmp_path))
-    digests = [storage.append_to_ledger(hub_uri, event="accepted", subject=str(index)) for index in range(4)]
-    assert ledger.main(["verify", f"hub_uri={hub_uri}"]) == digests[-1]
-    path = tmp_path / "ledger" / "00000001.json"
-    entry = json.loads(path.read_text())
-    path.write_text(json.dumps(entry | {"subject": "somebody else"}))
-    with pytest.raises(LineageError, match="ledger entry 2"):
-        ledger.main(["verify", f"hub_uri={hub_uri}"])
-    with pytest.raises(ConfigError, match="verify"):
-        ledger.main([f"hub_uri={hub_uri}"])
+        withdraw_site.main([at_hub, "site_id=cedar"])

@@ -1,0 +1,70 @@
+"""Withdrawal: what descends from a site, the mark on each such artefact, and which sites have withdrawn.
+
+Nothing is deleted. `HUB/withdrawals/SITE.json` says that a site has withdrawn: from then on intake refuses its packages
+and no new corpus takes its shards. `withdrawn.json` beside a record says that the artefact descends from the site.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from gretfound import lineage, storage
+from gretfound.errors import LineageError
+from gretfound.lineage import RecordT
+
+MARK_NAME = "withdrawn.json"
+
+
+def descendants(hub_uri: str, *, site_id: str) -> list[lineage.Record]:
+    """Returns a site's records and every record that was made from one of them, in order of the chain."""
+    records = [record for kind in lineage.KINDS for record in storage.read_records(hub_uri, kind)]
+    found = {record.id for record in records if getattr(record, "site_id", None) == site_id}
+    num_found = -1
+    while num_found < len(found):  # an encoder may descend from another encoder, so one pass is not enough
+        num_found = len(found)
+        found |= {record.id for record in records if found & set(record.parents)}
+    return [record for record in records if record.id in found]
+
+
+def mark(hub_uri: str, records: list[lineage.Record], *, site_id: str, withdrawal_id: str) -> None:
+    """Marks the site first, then each of its artefacts; done again, it changes nothing."""
+    content: dict[str, Any] = {"site_id": site_id, "withdrawal_id": withdrawal_id}
+    storage.create_bytes(_site_uri(hub_uri, site_id), lineage.canonical_json(content))
+    for record in records:
+        uri = storage.join(storage.record_uri(hub_uri, record), MARK_NAME)
+        if not storage.create_bytes(uri, lineage.canonical_json([content])):
+            marks = storage.read_json(uri)
+            if content not in marks:
+                storage.write_bytes(uri, lineage.canonical_json([*marks, content]))
+
+
+def withdrawn_site_ids(hub_uri: str) -> set[str]:
+    """Returns the sites that have withdrawn."""
+    names = storage.list_names(storage.join(hub_uri, "withdrawals"))
+    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+
+def is_marked(hub_uri: str, record: lineage.Record) -> bool:
+    """Tells whether an artefact descends from a site that has withdrawn."""
+    return storage.exists(storage.join(storage.record_uri(hub_uri, record), MARK_NAME))
+
+
+def read_remaining(hub_uri: str, expected: type[RecordT]) -> Iterator[RecordT]:
+    """Reads every record of one kind that does not descend from a site that has withdrawn, sorted by id."""
+    return (record for record in storage.read_records(hub_uri, expected) if not is_marked(hub_uri, record))
+
+
+def require_unmarked(hub_uri: str, record: lineage.Record) -> None:
+    """Refuses an artefact that descends from a site that has withdrawn.
+
+    Raises:
+        LineageError: If it is marked.
+    """
+    if is_marked(hub_uri, record):
+        raise LineageError(
+            f"{record.id} descends from a site that has withdrawn; take its successor, which "
+            "`python -m jobs.withdraw_site` names"
+        )
+
+
+def _site_uri(hub_uri: str, site_id: str) -> str:
+    return storage.join(hub_uri, "withdrawals", f"{site_id}.json")
