@@ -88,7 +88,7 @@ class Ledger:
         """
         while True:
             entries = self.read()
-            content = {"event": event, "subject": subject, "details": details or {}}
+            content: dict[str, Any] = {"event": event, "subject": subject, "details": details or {}}
             for entry in entries:
                 if {name: getattr(entry, name) for name in content} == content:
                     return entry

@@ -321,7 +321,7 @@ def measure(path: Path, header: Header, terms: AdapterTerms, base_path: Path, ba
         else:
             a_RI = read_tensor(path, header, f"{stem}.lora_A.weight")
             b_OR = read_tensor(path, header, f"{stem}.lora_B.weight")
-            triangles = np.linalg.qr(b_OR, mode="r") @ np.linalg.qr(a_RI.T, mode="r").T
+            triangles = _triangle(b_OR) @ _triangle(a_RI.T).T
             values = terms.alpha / terms.rank * np.linalg.svd(triangles, compute_uv=False)
             norm = float(np.linalg.norm(values))
         num_matrices += 1
@@ -342,10 +342,14 @@ def measure(path: Path, header: Header, terms: AdapterTerms, base_path: Path, ba
     )
 
 
+def _triangle(matrix: Matrix) -> Matrix:
+    return np.asarray(np.linalg.qr(matrix, mode="r"))
+
+
 def _spectral_norm(change_OI: Matrix) -> float:
-    direction_I = np.random.default_rng(0).standard_normal(change_OI.shape[1])
+    direction_I: npt.NDArray[np.float64] = np.random.default_rng(0).standard_normal(change_OI.shape[1])
     for _ in range(_POWER_STEPS):
-        direction_I = change_OI.T @ (change_OI @ direction_I)
+        direction_I = np.asarray(change_OI.T @ (change_OI @ direction_I))
         length = float(np.linalg.norm(direction_I))
         if length == 0:
             return 0.0
