@@ -347,7 +347,7 @@ def _triangle(matrix: Matrix) -> Matrix:
 
 
 def _spectral_norm(change_OI: Matrix) -> float:
-    direction_I: npt.NDArray[np.float64] = np.random.default_rng(0).standard_normal(change_OI.shape[1])
+    direction_I = np.random.default_rng(0).standard_normal((change_OI.shape[1],))
     for _ in range(_POWER_STEPS):
         direction_I = np.asarray(change_OI.T @ (change_OI @ direction_I))
         length = float(np.linalg.norm(direction_I))
