@@ -707,6 +707,7 @@ def _killed_and_run_again(hub_uri: str, packages: dict[Path, str], command: list
     ledger.verify(hub_uri, anchors=ledger.read_anchors(storage.join(hub_uri, "receipts")))
 
 
+@pytest.mark.slow
 def test_main__thirty_packages_killed_in_the_middle(hub: Hub, hub_uri: str, tmp_path: Path, base_path: Path) -> None:
     _publish_base(hub_uri, base_path)
     packages = _mixed_packages(hub, tmp_path, base_path, num=30)
