@@ -30,7 +30,12 @@ STATES = ("RECEIVED", "DECRYPTED", "SIGNED", "STRUCTURE", "WEIGHTS", "SUMMARY", 
 VERDICTS = ("ADMITTED", "QUARANTINED", "REJECTED")
 EVENTS = {"ADMITTED": "accepted", "QUARANTINED": "quarantined", "REJECTED": "rejected"}
 # What a person has to look at: a judgement, or a fault that may be ours. All other codes reject.
-QUARANTINE_CODES = ("W4_NORM", "W4_OUTLIER", "W5_ZERO", "W5_ENTROPY", "UNKNOWN_BASE", "CRASHED")
+QUARANTINE_CODES = (
+    *("W4_NORM", "W4_OUTLIER", "W5_ZERO", "W5_ENTROPY", "UNKNOWN_BASE", "CRASHED", "SITE_SUSPENDED"),
+    *("LIMIT_MEMORY", "LIMIT_CPU", "LIMIT_FILE_SIZE", "LIMIT_OPEN_FILES", "LIMIT_TIME"),
+)
+# What the hub or time mends: the package waits, without a verdict.
+WAITING_CODES = ("PREVIOUS_MISSING", "ROSTER_EXPIRED", "UNKNOWN_SITE", "UNKNOWN_KEY")
 RECEIPT_VERSION = "gretfound-receipt/1"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -236,7 +241,7 @@ class _Case:
 
 
 class _TooEarly(ContributionRejected):
-    """The package before this one has not come yet: no verdict."""
+    """The package before this one, or the hub's roster, is not there yet: no verdict."""
 
 
 def _judge(case: _Case) -> Opened | None:
@@ -305,7 +310,7 @@ def _open(case: _Case) -> Opened:
     if manifest is not None:  # it is the site's, whatever is the matter with its content: its number is taken
         _take_number(case, manifest)
     if reply.code:
-        raise ContributionRejected(reply.code, reply.message)
+        raise (_TooEarly if reply.code in WAITING_CODES else ContributionRejected)(reply.code, reply.message)
     rejected = reply.reports[-1].get("rejected")
     if (
         manifest is None
@@ -335,7 +340,7 @@ def _take_number(case: _Case, manifest: Manifest) -> None:
             may_follow_lost=case.package_sha256 in case.follows_lost,
         )
     except ContributionRejected as error:
-        if error.code != "PREVIOUS_MISSING":
+        if error.code not in WAITING_CODES:
             raise
         raise _TooEarly(error.code, str(error).removeprefix(f"{error.code}: ")) from error
 

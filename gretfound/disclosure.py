@@ -289,6 +289,11 @@ def release(rows: Sequence[Row], *, policy: Policy, earlier: Sequence[Release] =
     if not earlier:
         return made
     changes = [_changes(made, each) for each in earlier]
+    if earlier[-1].summary.policy != policy.stamp:
+        raise ConfigError(
+            f"the last release was made by {earlier[-1].summary.policy}, and this program has {policy.stamp}: two "
+            "policies' numbers must not be compared; ask the consortium which of the two releases counts"
+        )
     if not any(changes[-1]) and earlier[-1].summary.min_patients == made.summary.min_patients:
         return replace(earlier[-1], decision="same")
     is_small = any(0 < change < policy.min_patients_per_cell for each in changes for change in each)

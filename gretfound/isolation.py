@@ -64,7 +64,7 @@ class Pool:
 
     def __init__(self, work: str, *, num_processes: int, limits: Limits) -> None:
         self.num_processes = num_processes
-        self._command = [sys.executable, "-m", "gretfound.isolation", work, str(limits.memory_bytes)]
+        self._command = [sys.executable, "-P", "-s", "-m", "gretfound.isolation", work, str(limits.memory_bytes)]
         self._command.append(str(limits.cpu_s))
         self._limits = limits
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()

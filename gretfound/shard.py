@@ -1,7 +1,7 @@
 """Shards: Parquet files of photographs with their metadata, the one format in which images live at the hub.
 
-`image` holds JPEG or PNG bytes and is not compressed again; the other columns are (zstd). Row groups hold 256 to 1,024
-images, files 128 to 512 MiB. Shard files are named by their content, so writing one twice is harmless.
+`image` holds JPEG or PNG bytes and is not compressed again; the other columns are (zstd). Row groups hold 256 images,
+or fewer of large ones; files 128 to 512 MiB. Shard files are named by their content, so writing one twice is harmless.
 """
 
 import logging
@@ -18,6 +18,7 @@ from gretfound.lineage import Shard
 
 log = logging.getLogger(__name__)
 IMAGES_PER_ROW_GROUP = 256
+MAX_ROW_GROUP_BYTES = 128 * 2**20  # of images: a reader holds a few row groups
 SCHEMA = pa.schema(
     [
         pa.field("image", pa.binary(), nullable=False),
@@ -101,11 +102,13 @@ def write_shard_file(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     num_rows = 0
     with pq.ParquetWriter(path, SCHEMA, compression=compression, use_dictionary=False) as writer:
         group: list[Mapping[str, Any]] = []
+        size_bytes = 0
         for row in rows:
             group.append(row)
-            if len(group) == IMAGES_PER_ROW_GROUP:
+            size_bytes += len(row["image"])
+            if len(group) == IMAGES_PER_ROW_GROUP or size_bytes >= MAX_ROW_GROUP_BYTES:
                 writer.write_table(pa.Table.from_pylist(group, SCHEMA), row_group_size=IMAGES_PER_ROW_GROUP)
-                num_rows, group = num_rows + len(group), []
+                num_rows, group, size_bytes = num_rows + len(group), [], 0
         if group:
             writer.write_table(pa.Table.from_pylist(group, SCHEMA), row_group_size=IMAGES_PER_ROW_GROUP)
             num_rows += len(group)

@@ -254,6 +254,8 @@ def contribute(
         base = ""  # nothing is trained, so the base cannot change the result
     elif not base:
         raise ConfigError(f"--base is required for the form {form!r}: the generator to start from")
+    if form == "weights" and recipe.method == "full" and policy.name == "standard":
+        raise ConfigError("--method full is for the demonstration policy; the hub admits low-rank factors (lora) only")
     ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
     today = today or datetime.now(UTC).date()
     rules = disclosure.read_policy(policy.name)
@@ -267,9 +269,13 @@ def contribute(
     draft_path = package_path.with_suffix(".tar")
     if package_path.exists():
         draft_path.unlink(missing_ok=True)
-        return _remembered(ring.folder_path, package_path)
+        package = _remembered(ring.folder_path, package_path)
+        _require_acceptable(package, ring, today)
+        return package
     if draft_path.exists():
-        return _sealed_if_ready(ring, draft_path, package_path, passphrase, today)
+        if _has_keys_of(ring, sealing.read_draft(draft_path)):
+            return _sealed_if_ready(ring, draft_path, package_path, passphrase, today)
+        draft_path.unlink()  # a key was replaced since
     found = _examine(folder_path, policy)
     if not found.is_fit_for(form):
         raise NotFit(examination.to_text(found), form)
@@ -300,7 +306,7 @@ def contribute(
             )
         ]
         _write_real_shards(tasks, staging_path / "shards", work_path, "packing")
-        key_path.with_name(f"{package_path.stem}.photographs.csv").write_text(outgoing.ledger_text(leaving))
+        _write_private(key_path.with_name(f"{package_path.stem}.photographs.csv"), outgoing.ledger_text(leaving))
         base_sha256 = ""
     else:
         captioned = disclosure.caption_rows(rows, summary, policy=rules)
@@ -321,7 +327,7 @@ def contribute(
         country=summary.country,
         policy=policy.stamp,
         base_sha256=base_sha256,
-        num_images=len(found.usable) if form != "synthetic" else recipe.num_drawn,
+        num_images={"images": len(found.usable), "weights": summary.num_images, "synthetic": recipe.num_drawn}[form],
         num_patients=None if found.num_patients is None else summary.num_patients,
         label=keyring.label(ring, today=today),
         container_key=signing.read_private_key(ring.private_path("container")),
@@ -331,6 +337,21 @@ def contribute(
     if work_path.parent.name == ".work" and not any(work_path.parent.iterdir()):
         work_path.parent.rmdir()
     return _sealed_if_ready(ring, draft_path, package_path, passphrase, today)
+
+
+def _has_keys_of(ring: Keyring, package: Package) -> bool:
+    return package.manifest.approvals == tuple(keyring.approval_of(ring, role) for role in keyring.ROLES)
+
+
+def _require_acceptable(package: Package, ring: Keyring, today: date) -> None:
+    """Refuses to hand out a finished package that the hub would refuse: too old, or of other keys than today's."""
+    recipients = keyring.read_hub_card(ring.hub_path)[0].recipients
+    is_current = package.manifest.expires >= today and set(package.manifest.encrypted_to) == set(recipients)
+    if not (is_current and _has_keys_of(ring, package)):
+        raise ConfigError(
+            f"{package.path.name} can no longer be taken in: it has expired, or was sealed with other keys; move it "
+            f"away, run the command again, and tell the hub that the package {package.sha256} is lost"
+        )
 
 
 def _sealed_if_ready(ring: Keyring, draft_path: Path, package_path: Path, passphrase: str, today: date) -> Package:
@@ -477,8 +498,16 @@ def _stage_summary(
 
 def _write_account(path: Path, made: disclosure.Release, rules: disclosure.Policy) -> None:
     """Writes for the security officer what was suppressed and why; it would help an attacker, so it is never packed."""
-    _write_json(path.with_name(f"{path.name}.json"), disclosure.describe(made, policy=rules))
-    path.with_name(f"{path.name}.txt").write_text(disclosure.to_text(made, policy=rules))
+    content = lineage.canonical_json(disclosure.describe(made, policy=rules)).decode()
+    _write_private(path.with_name(f"{path.name}.json"), f"{content}\n")
+    _write_private(path.with_name(f"{path.name}.txt"), disclosure.to_text(made, policy=rules))
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Writes what stays at the site, readable by its owner alone."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    signing.write_secret(path, text.encode())
 
 
 def _deidentified(
@@ -702,8 +731,10 @@ def _keys(arguments: argparse.Namespace) -> int:
     folder_path = arguments.keys or keyring.default_folder(site_id)
     ring = Keyring(folder_path=folder_path, site_id=site_id)
     passphrase = _passphrase(arguments.passphrase_file)
-    is_asked = arguments.passphrase_file is None and not arguments.no_passphrase and sys.stdin.isatty()
+    is_asked = arguments.passphrase_file is None and not arguments.no_passphrase
     if is_asked and (arguments.replace or not ring.card_path.exists()):
+        if not sys.stdin.isatty():
+            raise ConfigError("there is no terminal to ask for a passphrase; give --passphrase-file or --no-passphrase")
         passphrase = getpass.getpass("The data steward's passphrase (none: leave it empty): ")
         if getpass.getpass("Once more: ") != passphrase:
             raise ConfigError("the two passphrases differ; nothing was made")

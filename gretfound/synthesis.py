@@ -92,10 +92,13 @@ def generators_of(hub_uri: str, generator_ids: Sequence[str]) -> list[Generator]
     """Returns the generators of these ids or, without ids, those of all sites that have not withdrawn.
 
     Raises:
-        LineageError: If there is none.
+        LineageError: If there is none, or one of them descends from a site that has withdrawn.
     """
     if generator_ids:
-        return [storage.read_record(hub_uri, generator_id, Generator) for generator_id in generator_ids]
+        named = [storage.read_record(hub_uri, generator_id, Generator) for generator_id in generator_ids]
+        for record in named:
+            withdrawal.require_unmarked(hub_uri, record)
+        return named
     found = [record for record in withdrawal.read_remaining(hub_uri, Generator) if record.site_id]
     if not found:
         raise LineageError(

@@ -44,7 +44,10 @@ def withdrawn_site_ids(hub_uri: str) -> set[str]:
 
 
 def is_marked(hub_uri: str, record: lineage.Record) -> bool:
-    """Tells whether an artefact descends from a site that has withdrawn."""
+    """Tells whether an artefact is of a site that has withdrawn, or descends from one."""
+    # By the site as well: what was being made while the site withdrew has no mark.
+    if getattr(record, "site_id", None) in withdrawn_site_ids(hub_uri):
+        return True
     return storage.exists(storage.join(storage.record_uri(hub_uri, record), MARK_NAME))
 
 

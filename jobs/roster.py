@@ -43,9 +43,9 @@ class Config:
     site_id: str = setting("", "suspend: the site")
     valid_days: int = setting(365, "admit: days that the site's keys are valid")
     root_key_paths: list[str] = setting([], "root keys to sign with; empty: those in keys_path")
-    draft_path: str = setting("", "where a version waits until enough people have signed it")
+    draft_path: str = setting("", "where a version waits until enough people have signed it; show: shows that one")
     num_root_keys: int = setting(3, "init: people who hold a root key")
-    threshold: int = setting(2, "init and renew: how many of them must sign")
+    threshold: int = setting(0, "init and renew: how many of them must sign; 0: two at first, then as it is")
     recipients: list[str] = setting([], "renew: age recipients; the first two are on the card, more are still accepted")
     root_public_paths: list[str] = setting(
         [], "renew: public root keys that sign from now on; the old ones sign this once"
@@ -53,8 +53,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks what the types cannot say."""
-        if not 2 <= self.threshold <= self.num_root_keys:
-            raise ConfigError(f"threshold={self.threshold} must be from 2 to num_root_keys={self.num_root_keys}")
+        if self.threshold and self.threshold < 2:
+            raise ConfigError(f"threshold={self.threshold} must be 2 or more: one person alone must not admit a site")
         if not 1 <= self.valid_days <= 1100:
             raise ConfigError(f"valid_days={self.valid_days} must be from 1 to 1100")
 
@@ -90,6 +90,9 @@ def main(argv: list[str]) -> str:
     if verb in ("init", "show"):
         if loaded.card_path:
             print(_card_in_words(roster.read_site_card(_read(Path(loaded.card_path)))), file=sys.stderr)
+        if loaded.draft_path:
+            waiting = roster.read_draft(_read(Path(loaded.draft_path)))
+            print(f"The draft, which is not in force:\n{_in_words(waiting)}\n\nIn force:", file=sys.stderr)
         return _shown(current, keys_path)
     if verb == "sign":
         signed = _read(Path(loaded.draft_path))
@@ -116,7 +119,8 @@ def main(argv: list[str]) -> str:
 def _init(loaded: Config, hub_uri: str, keys_path: Path) -> str:
     from gretfound import roster, signing, strongbox
 
-    root, card = strongbox.make(keys_path, num_root_keys=loaded.num_root_keys, threshold=loaded.threshold)
+    threshold = _threshold(loaded.threshold or 2, loaded.num_root_keys)
+    root, card = strongbox.make(keys_path, num_root_keys=loaded.num_root_keys, threshold=threshold)
     today = datetime.now(UTC).date()
     first = roster.Roster(
         version=1,
@@ -157,8 +161,15 @@ def _changed(verb: str, loaded: Config, current: "Roster") -> "Roster":
             if loaded.root_public_paths:
                 keys = [signing.read_public_key(Path(path)) for path in loaded.root_public_paths]
                 public = tuple(signing.public_hex(key) for key in keys)
-                update["root"] = roster.Root(threshold=loaded.threshold, public_keys=public)
+                threshold = _threshold(loaded.threshold or current.root.threshold, len(public))
+                update["root"] = roster.Root(threshold=threshold, public_keys=public)
             return current.model_copy(update=update)
+
+
+def _threshold(threshold: int, num_keys: int) -> int:
+    if threshold > num_keys:
+        raise ConfigError(f"found threshold={threshold} and {num_keys} root keys; required at least as many keys")
+    return threshold
 
 
 def _read(path: Path) -> bytes:

@@ -72,7 +72,7 @@ def test_chain__three_forms_become_a_release_on_s3(s3_hub: str, tmp_path: Path) 
     for name, form in forms.items():
         out_path = tmp_path / "packages"
         site_keys = ["--site-id", name, "--keys", str(tmp_path / f"{name}.keys")]
-        assert site.main(["keys", *site_keys, "--hub", str(tmp_path / "hub.keys" / "hub.json")]) == 0
+        assert site.main(["keys", *site_keys, "--no-passphrase", "--hub", str(tmp_path / "hub.keys" / "hub.json")]) == 0
         roster.main(["admit", hub, keys, f"card_path={tmp_path / f'{name}.keys' / f'{name}.site.json'}"])
         code = site.main(
             [

@@ -45,7 +45,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
 @pytest.fixture
 def keys_path(hub: Hub, tmp_path: Path) -> Path:
     path = tmp_path / "keys"
-    arguments = ["keys", "--site-id", "aster", "--keys", str(path), "--hub", str(hub.keys_path / "hub.json")]
+    arguments = [
+        "keys",
+        "--site-id",
+        "aster",
+        "--keys",
+        str(path),
+        "--hub",
+        str(hub.keys_path / "hub.json"),
+        "--no-passphrase",
+    ]
     assert site.main(arguments) == site.EXIT_FIT
     hub.change_roster("admit", f"card_path={path / 'aster.site.json'}")
     return path

@@ -134,7 +134,7 @@ def read_terms(path: Path) -> AdapterTerms:
     if (
         terms.method not in ("lora", "full")
         or any(type(count) is not int or not 0 <= count < 2**53 for count in counts)
-        or any(type(measure) not in (int, float) or not math.isfinite(measure) for measure in measures)
+        or any(type(measure) not in (int, float) or not abs(measure) < 2**53 for measure in measures)  # nor NaN
         or not (isinstance(terms.base_sha256, str) and _SHA256_PATTERN.fullmatch(terms.base_sha256))
         or not all(isinstance(name, str) for name in terms.target_modules)
     ):

@@ -336,6 +336,19 @@ def test_main__takes_a_sites_packages_in_their_turn_whatever_the_order(hub: Hub,
     assert _events(hub_uri) == [("accepted", "")] * 3
 
 
+def test_main__a_package_waits_until_its_site_is_in_the_roster(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
+    ring = keyring.make(tmp_path / "early.keys", "early")
+    ring.hub_path.write_bytes((hub.keys_path / "hub.json").read_bytes())
+    path = _image_package(tmp_path / "early.age", num_images=1, site_id="early")
+    with pytest.raises(ContributionRejected) as caught:
+        intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY])
+    assert caught.value.code == "UNKNOWN_SITE" and _records(hub_uri) == [] and _events(hub_uri) == []
+    assert storage.list_names(storage.join(hub_uri, "quarantine")) == []
+    hub.change_roster("admit", f"card_path={ring.card_path}")
+    intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY])
+    assert _events(hub_uri) == [("accepted", "")]
+
+
 def test_main__a_rejected_package_keeps_its_number(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
     bad = _image_package(tmp_path / "bad.age", num_images=2, odd_image=_odd_image("GIF"))
     good = _image_package(tmp_path / "good.age", num_images=1)
@@ -351,13 +364,13 @@ def test_main__a_package_may_follow_one_that_is_lost(hub: Hub, hub_uri: str, tmp
     assert _events(hub_uri) == [("accepted", "")]
 
 
-def test_main__rejects_and_notes_what_nobody_may_send(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
+def test_main__quarantines_what_a_suspended_site_sends(hub: Hub, hub_uri: str, tmp_path: Path) -> None:
     path = _image_package(tmp_path / "package.age", num_images=1)
     hub.change_roster("suspend", "site_id=aster")
     with pytest.raises(ContributionRejected) as caught:
         intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]", POLICY])
     assert caught.value.code == "SITE_SUSPENDED"
-    assert (_records(hub_uri), _events(hub_uri)) == ([], [("rejected", "SITE_SUSPENDED")])
+    assert (_records(hub_uri), _events(hub_uri)) == ([], [("quarantined", "SITE_SUSPENDED")])
 
 
 def _admit(hub: Hub, path: Path, *, policy: str = "demonstration", **limits: Any) -> admission.Outcome:
@@ -639,9 +652,6 @@ def _mixed_packages(hub: Hub, folder_path: Path, base_path: Path, *, num: int) -
     put("longer", whole + bytes(512), "DAMAGED")
     put("flipped", whole[:-3000] + bytes([whole[-3000] ^ 1]) + whole[-2999:], "DAMAGED")
     put("words", b"nothing of a package" * 100, "NOT_SEALED")
-    stranger = keyring.make(folder_path / "stranger.keys", "stranger")
-    stranger.hub_path.write_bytes((folder_path / "aster.keys" / stranger.hub_path.name).read_bytes())
-    found[_image_package(folder_path / "stranger.age", num_images=2, site_id="stranger")] = "UNKNOWN_SITE"
     images = {
         "bomb": ({"odd_image": _odd_image("120 megapixels")}, "IMAGE_TOO_MANY_PIXELS"),
         "gif": ({"odd_image": _odd_image("GIF")}, "IMAGE_NOT_A_PHOTOGRAPH"),
