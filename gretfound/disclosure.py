@@ -1,7 +1,8 @@
 """Disclosure control: what a site tells about its patients, by the policy sdc/1 of `conf/disclosure/`.
 
-`release` turns a site's rows into the summary that leaves and the account that stays; `audit` attacks a summary with
-linear programs over all of its tables at once, and needs nothing but the summary, so the hub audits what it takes in.
+`release` turns a site's rows into the summary that leaves and the account that stays. `attacker.find_exposed` attacks a
+summary with linear programs over all of its tables at once, and needs nothing but the summary, so `check` has the hub
+attack what it takes in.
 A ledger at the site keeps two releases from telling by their difference what neither tells alone. `told_rows` and
 `caption_rows` are the only cells of patients that may go on to shards and to captions.
 
@@ -645,7 +646,7 @@ def _merged(group_I: Codes, value_I: Codes, patients: Codes, min_patients: int) 
 
 
 def check(summary: MetadataSummary, *, policies: Sequence[Policy]) -> None:
-    """Checks at the hub that a summary keeps the policy that it names, by an audit of its own.
+    """Checks at the hub that a summary keeps the policy that it names, by an attack of its own.
 
     Args:
         summary: What a site sent.

@@ -1,8 +1,9 @@
 """Work on bytes of unknown origin in processes of their own, with limits on memory, processor time and files.
 
-A decoder that is fed a bomb, or that has a hole, takes such a process down and no more: its file is refused and the
-next one gets a new process. What comes back is JSON and bytes, never a pickle. The environment is not handed on, so no
-secret of it can be read there. The network is not closed here; the site's container has none.
+A decoder that is fed a bomb, or crashes, takes such a process down and no more: its file is refused and the next one
+gets a new process. What comes back is JSON and bytes, never a pickle. The environment is not handed on, but for
+`OPENBLAS_*`. It is no sandbox: the network is not closed here, and the process can read what its user can, keys too.
+A machine or container without a network has to make up for that (docs/privacy.md).
 """
 
 import contextlib

@@ -662,7 +662,7 @@ SUMMARY_SCHEMA = "metadata-summary/2"
 
 @dataclass(frozen=True, kw_only=True)
 class MetadataSummary:
-    """What a site tells about its patients, as `disclosure.release` made it and `disclosure.audit` attacks it.
+    """What a site tells about its patients, as `disclosure.release` made it and `attacker.audit` attacks it.
 
     Every count is of distinct patients, each counted once in a table, and rounded. None stands for a suppressed one: of
     fewer than ``min_patients`` (none at all included), or withheld so that such a one cannot be computed. Patients
