@@ -184,6 +184,19 @@ def test_main__contribute_images_again_finds_the_package(
     assert (again.sequence, again.previous_sha256) == (2, first.sha256)
 
 
+def test_main__contribute_hands_out_no_package_of_a_replaced_key(
+    site_path: Path, tmp_path: Path, hub: Hub, keys_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _arguments(site_path, "images", tmp_path / "out")
+    site.main(arguments)
+    keys = ["keys", "--site-id", "aster", "--keys", str(keys_path), "--no-passphrase"]
+    assert site.main([*keys, "--replace", "container"]) == site.EXIT_FIT
+    assert site.main(arguments) == site.EXIT_USAGE
+    assert "can no longer be taken in" in capsys.readouterr().err
+    _package_in(tmp_path / "out", hub).path.unlink()
+    assert site.main(arguments) == site.EXIT_FIT
+
+
 def test_main__contribute_tells_no_value_of_a_single_patient(
     site_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
 ) -> None:

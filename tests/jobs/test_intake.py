@@ -578,11 +578,11 @@ def _made(path: Path) -> Path:
     return path
 
 
-def test_admit__a_package_at_a_limit_is_rejected_with_its_code(hub: Hub, tmp_path: Path) -> None:
+def test_admit__a_package_at_a_limit_goes_to_quarantine_with_its_code(hub: Hub, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), np.uint8)
     path = _image_package(tmp_path / "package.age", num_images=2, odd_image=fundus.encode_png(noise))
     outcome = _admit(hub, path, file_bytes=2**20)
-    assert (outcome.verdict, outcome.code) == ("REJECTED", "LIMIT_FILE_SIZE")
+    assert (outcome.verdict, outcome.code) == ("QUARANTINED", "LIMIT_FILE_SIZE")
     assert storage.read_json(storage.join(hub.uri, "quarantine", outcome.package_sha256, "reason.json"))["code"]
     assert _admit(hub, path) == outcome, "one verdict, also with more room later"
 
@@ -767,6 +767,8 @@ def test_withdraw_site__marks_what_descends_and_makes_the_successor(hub: Hub, tm
         storage.write_record(hub_uri, record)
 
     withdrawal_id = withdraw_site.main([at_hub, "site_id=aster"])
+    being_made = ShardSet(site_id="aster", origin="synthetic", num_images=0, shards=(), rejected={})
+    assert withdrawal.is_marked(hub_uri, being_made), "by its site, without a mark"
 
     found = withdrawal.descendants(hub_uri, site_id="aster")
     found_ids = [record.id for record in found]
