@@ -563,6 +563,7 @@ def test_admit__rejects_image_bombs_and_lives_on(hub: Hub, tmp_path: Path, case:
             "into_path": str(tmp_path / "work" / "opened"),
             "identities": hub.identities,
             "roster": hub.roster.to_bytes().decode(),
+            "policy": "demonstration",
             "today": datetime.now(UTC).date().isoformat(),
         },
         folder_path=_made(tmp_path / "work"),
