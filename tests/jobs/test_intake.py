@@ -719,22 +719,6 @@ def _killed_and_run_again(hub_uri: str, packages: dict[Path, str], command: list
 
 
 @pytest.mark.slow
-def test_main__thirty_packages_killed_in_the_middle(hub: Hub, hub_uri: str, tmp_path: Path, base_path: Path) -> None:
-    _publish_base(hub_uri, base_path)
-    packages = _mixed_packages(hub, tmp_path, base_path, num=30)
-    one_by_one = (
-        "import sys; from pathlib import Path; from gretfound import admission, confinement, roster, strongbox\n"
-        "hub_uri, keys_path = sys.argv[1], Path(sys.argv[2])\n"
-        "sites, _ = roster.read_current(hub_uri, anchor=strongbox.read_anchor(keys_path))\n"
-        "terms = {'policy': 'demonstration', 'keys_path': keys_path, 'roster': sites}\n"
-        "for uri in sys.argv[3:]:\n"
-        "    admission.admit(hub_uri, uri, limits=confinement.Limits(), cpu_s_per_mib=2.0, **terms)\n"
-    )
-    command = [sys.executable, "-c", one_by_one, hub_uri, str(hub.keys_path), *map(str, packages)]
-    _killed_and_run_again(hub_uri, packages, command, after=5)
-
-
-@pytest.mark.slow
 def test_main__hundred_packages_and_the_job_itself_is_killed(
     hub: Hub, hub_uri: str, tmp_path: Path, base_path: Path
 ) -> None:
