@@ -22,6 +22,7 @@ from gretfound import confinement, ledger, lineage, sealing, shard, signing, sto
 from gretfound.confinement import Limits, Reply
 from gretfound.errors import ContributionRejected, StorageError
 from gretfound.generator import adapter
+from gretfound.generator.adapter import UNET_WEIGHTS
 from gretfound.lineage import Contribution, File, Generator, ShardSet, Site
 from gretfound.roster import Roster
 from gretfound.sealing import Manifest
@@ -37,7 +38,6 @@ QUARANTINE_CODES = (
 # What the hub or time mends: the package waits, without a verdict.
 WAITING_CODES = ("PREVIOUS_MISSING", "ROSTER_EXPIRED", "UNKNOWN_SITE", "UNKNOWN_KEY")
 RECEIPT_VERSION = "gretfound-receipt/1"
-UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_WEIGHTS_BYTES = 4 * 2**30
 MAX_SHARD_BYTES = 2 * 2**30
 MAX_ROWS_PER_GROUP = 1024
-SITE_ID_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import getpass
 import json
 import multiprocessing
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -34,6 +35,7 @@ from gretfound import (
     matching,
     metadata,
     outgoing,
+    roster,
     sealing,
     shard,
     signing,
@@ -42,6 +44,7 @@ from gretfound import (
 )
 from gretfound.errors import ConfigError, GretfoundError
 from gretfound.examination import POLICIES, Examination, SitePolicy, Usable
+from gretfound.generator.adapter import UNET_WEIGHTS
 from gretfound.keyring import Keyring
 from gretfound.sealing import Package
 
@@ -49,7 +52,6 @@ if TYPE_CHECKING:
     from gretfound import fit
 
 EXIT_FIT, EXIT_NOT_FIT, EXIT_USAGE = 0, 1, 2
-UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 KEY_BYTES = 32
 MEASUREMENTS = ("hba1c", "sbp", "field_of_view")
 FORM_LEAVES = {
@@ -248,8 +250,7 @@ def contribute(
         NotFit: If the folder is not fit for the form.
         NonFiniteLoss: If the training diverged.
     """
-    if not contribution.SITE_ID_PATTERN.fullmatch(site_id):
-        raise ConfigError(f"--site-id {site_id!r} must be of lower-case letters, digits and hyphens")
+    _require_site_id(site_id)
     if form == "images":
         base = ""  # nothing is trained, so the base cannot change the result
     elif not base:
@@ -420,9 +421,13 @@ def _bar(doing: str, total: int | None, *, leave: bool = True) -> "tqdm[Any]":
     return tqdm(desc=doing, total=total, unit=" photographs", file=sys.stderr, leave=leave, mininterval=0.5)
 
 
+def _require_site_id(site_id: str) -> None:
+    if not re.fullmatch(roster.SITE_ID, site_id):
+        raise ConfigError(f"--site-id {site_id!r} must be of lower-case letters, digits and hyphens")
+
+
 def _default_key_path(site_id: str) -> Path:
-    root = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(root) / "gretfound" / f"{site_id}.key"
+    return keyring.default_folder(site_id).with_name(f"{site_id}.key")
 
 
 def _site_key(key_path: Path) -> bytes:
@@ -726,8 +731,7 @@ def _passphrase(path: Path | None) -> str:
 
 def _keys(arguments: argparse.Namespace) -> int:
     site_id = arguments.site_id
-    if not contribution.SITE_ID_PATTERN.fullmatch(site_id):
-        raise ConfigError(f"--site-id {site_id!r} must be of lower-case letters, digits and hyphens")
+    _require_site_id(site_id)
     folder_path = arguments.keys or keyring.default_folder(site_id)
     ring = Keyring(folder_path=folder_path, site_id=site_id)
     passphrase = _passphrase(arguments.passphrase_file)

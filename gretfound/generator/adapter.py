@@ -32,6 +32,7 @@ from gretfound.errors import ContributionRejected
 
 ADAPTER_TENSORS = "adapter.safetensors"
 ADAPTER_TERMS = "adapter_config.json"
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut")
 MAX_RANK, MAX_ALPHA = 1024, 1e6
 MAX_HEADER_BYTES = 4 * 2**20

@@ -28,7 +28,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from gretfound import storage
 from gretfound.errors import ConfigError, ContributionRejected, LineageError, StorageError
 from gretfound.generator import autoencoding
-from gretfound.generator.adapter import ADAPTER_TENSORS, ADAPTER_TERMS, TARGET_MODULES, AdapterTerms, read_terms
+from gretfound.generator.adapter import (
+    ADAPTER_TENSORS,
+    ADAPTER_TERMS,
+    TARGET_MODULES,
+    UNET_WEIGHTS,
+    AdapterTerms,
+    read_terms,
+)
 from gretfound.lineage import Generator
 
 log = logging.getLogger(__name__)
@@ -314,7 +321,7 @@ def fetch_base(base: str, *, hub_uri: str | None, folder_path: Path) -> Path:
 
 def unet_sha256(path: Path) -> str:
     """Returns the digest of the UNet's weights in a pipeline folder: what an adapter is bound to."""
-    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = path / UNET_WEIGHTS
     if not weights.is_file():
         raise StorageError(f"{path} holds no unet/{weights.name}; save the pipeline as safetensors, in one file")
     return storage.sha256_of(weights)
