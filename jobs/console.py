@@ -49,7 +49,10 @@ def set_up_logging() -> None:
 
 
 def start_ray(**settings: Any) -> None:
-    """Joins the cluster that runs this job (`RAY_ADDRESS`), or starts one on this machine; does nothing if joined.
+    """Joins the cluster of `RAY_ADDRESS`, or starts one on this machine; does nothing if joined.
+
+    Without the variable, which `ray job submit` sets, Ray would join the newest cluster on the machine, whoever's it is,
+    and end with it.
 
     Args:
         settings: Further ones of `ray.init`.
@@ -62,6 +65,7 @@ def start_ray(**settings: Any) -> None:
         root = str(Path(__file__).parents[1])
         search_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         ray.init(
+            address=None if os.environ.get("RAY_ADDRESS") else "local",
             log_to_driver=False,
             logging_level=logging.WARNING,
             include_dashboard=False,
