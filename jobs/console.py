@@ -51,8 +51,8 @@ def set_up_logging() -> None:
 def start_ray(**settings: Any) -> None:
     """Joins the cluster of `RAY_ADDRESS`, or starts one on this machine; does nothing if joined.
 
-    Without the variable, which `ray job submit` sets, Ray would join the newest cluster on the machine, whoever's it is,
-    and end with it.
+    Without the variable, which `ray job submit` sets, Ray itself would join the newest cluster on the machine and end
+    with it, whoever's it is.
 
     Args:
         settings: Further ones of `ray.init`.
