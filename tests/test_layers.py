@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -163,3 +164,9 @@ def test_conf__every_layer_loads_and_opens_with_its_command(layer: Path) -> None
         if name in {f.name for f in fields(schema)}
     ]
     load(schema, [str(layer), *required])
+
+
+def test_pyproject__packages_every_room() -> None:
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "gretfound").rglob("__init__.py")}
+    assert rooms - set(packaged) == set()
