@@ -1,4 +1,4 @@
-# make demo | test | bench | bench-NAME | lint | setup; each sets up what it needs.
+# make demo | test | bench | bench-NAME | lint | site-image | setup; each sets up what it needs.
 SHELL := /bin/bash
 HUB ?= runs/demo
 SITES ?=
@@ -9,7 +9,7 @@ export PATH := $(PYTHON_IN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 export AWS_EC2_METADATA_DISABLED ?= true
 
-.PHONY: setup demo test test-slow bench lint
+.PHONY: setup demo test test-slow bench lint site-image
 
 setup:
 	@.ci/environment
@@ -33,3 +33,6 @@ lint: setup
 	ruff format --check .
 	ruff check .
 	mypy
+
+site-image: setup
+	@TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" TAG="$(TAG)" STORAGE="$(STORAGE)" cluster/site-image
