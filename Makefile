@@ -34,5 +34,7 @@ lint: setup
 	ruff check .
 	mypy
 
+site-image: export TAG ?= 0.1.0
 site-image: setup
-	@TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" TAG="$(TAG)" STORAGE="$(STORAGE)" cluster/site-image
+	cluster/site-image
+	cluster/try-site-image localhost/gretfound-site:$(TAG)

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import logging
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -200,7 +201,8 @@ def examine(
     lines = {row.image: row.line for row in reversed(table.rows)} if table is not None else {}
     _note_photographs(photographs, findings)
     _note_rows(rows, names, has_table=table is not None, findings=findings)
-    copies = _exact_duplicates(photographs, findings)
+    # A copy that the table does not list must not push out the one that it does.
+    copies = _exact_duplicates(sorted(photographs, key=lambda photograph: photograph.name not in rows), findings)
     near_duplicates = _near_duplicates(photographs)
     if near_duplicates:
         findings.append(
@@ -557,7 +559,7 @@ def _read_table(folder_path: Path, findings: list[Finding], *, is_required: bool
     except OSError as error:
         findings.append(
             Finding(
-                headline=f"{METADATA_NAME} cannot be opened: {error.strerror or error}",
+                headline=f"the table {METADATA_NAME} cannot be opened: {error.strerror or error}",
                 advice="Make it readable for whoever runs this command; in a container that is the user after --user.",
                 is_blocking=True,
             )
@@ -689,7 +691,8 @@ def to_text(examination: Examination, *, estimated: Sequence[tuple[str, str]] = 
     for title, bars in _charts(examination):
         lines += ["", title, *(f"  {label:<16} {count:>6}  {'#' * round(share * 40)}" for label, count, share in bars)]
     if estimated:
-        lines += ["", "Time and memory", *(f"  {form:<10} {words}" for form, words in estimated)]
+        lines += ["", "Time and memory"]
+        lines += [textwrap.fill(f"  {form:<10} {words}", 100, subsequent_indent=" " * 13) for form, words in estimated]
     if examination.columns:
         lines += ["", f"Metadata {'understood':>18} {'blank':>7} {'not understood':>15}"]
         lines += [
