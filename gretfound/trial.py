@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from gretfound import fundus, phantom, shard
+from gretfound.errors import ConfigError
 
 NUM_TRAINED_STEPS = 6
 NUM_DRAWN_STEPS = 2
@@ -70,7 +71,7 @@ def run(base_path: Path, *, device: str, batch_size: int, lora_rank: int, num_st
         num_steps: Denoising steps of a drawn photograph; a few are timed.
 
     Raises:
-        ConfigError: If the base does not fit the arguments.
+        ConfigError: If there is no such device, or the base does not fit the arguments.
         StorageError: If it is no generator.
     """
     import torch
@@ -78,6 +79,12 @@ def run(base_path: Path, *, device: str, batch_size: int, lora_rank: int, num_st
     from gretfound.generator import finetune, pipeline, sampling
 
     if device == "cuda":
+        if not torch.cuda.is_available():
+            build = f"torch {torch.__version__} for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+            raise ConfigError(
+                f"found no GPU that this torch ({build}) can use; required one with a driver that is new enough "
+                "(docs/container.md, section 3; nvidia-smi shows it), or --device cpu"
+            )
         torch.cuda.reset_peak_memory_stats()
     rates = [0.0]
     drawn_per_s = 0.0

@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from gretfound import examination, phantom, site, trial
+from gretfound.errors import ConfigError
 from tests import tiny_generator
 
 MEASURED = trial.Trial(
@@ -54,6 +56,13 @@ def test_examine__a_table_that_may_not_be_read_is_a_finding(tmp_path: Path, monk
 def _read(path: Path) -> bytes:
     with path.open("rb") as stream:
         return stream.read()
+
+
+def test_run__no_gpu_is_told(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="found no GPU .* or --device cpu"):
+        trial.run(tmp_path, device="cuda", batch_size=4, lora_rank=8, num_steps=25)
 
 
 def test_main__check_times_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
