@@ -61,7 +61,7 @@ def _read(path: Path) -> bytes:
 def test_run__no_gpu_is_told(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ConfigError, match="found no GPU .* or --device cpu"):
+    with pytest.raises(ConfigError, match=r"found no GPU .* or --device cpu"):
         trial.run(tmp_path, device="cuda", batch_size=4, lora_rank=8, num_steps=25)
 
 
