@@ -47,7 +47,9 @@ def test_pages__links_lead_to_files(page: Path) -> None:
 def test_pages__named_modules_and_layers_exist(page: Path) -> None:
     text = page.read_text()
     for module in re.findall(r"python -m ((?:jobs|serve|gretfound)\.\w+)", text):
-        assert module == "jobs.NAME" or (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name}: {module}"
+        path = ROOT / module.replace(".", "/")
+        is_there = path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+        assert module == "jobs.NAME" or is_there, f"{page.name}: {module}"
     for layer in re.findall(r"\bconf/[\w/]+\.yaml", text):
         assert (ROOT / layer).exists(), f"{page.name}: {layer}"
 
