@@ -1,4 +1,4 @@
-# make demo | test | bench | bench-NAME | lint | setup; each sets up what it needs.
+# make demo | test | bench | bench-NAME | lint | site-image | setup; each sets up what it needs.
 SHELL := /bin/bash
 HUB ?= runs/demo
 SITES ?=
@@ -9,7 +9,7 @@ export PATH := $(PYTHON_IN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 export AWS_EC2_METADATA_DISABLED ?= true
 
-.PHONY: setup demo test test-slow bench lint
+.PHONY: setup demo test test-slow bench lint site-image
 
 setup:
 	@.ci/environment
@@ -33,3 +33,8 @@ lint: setup
 	ruff format --check .
 	ruff check .
 	mypy
+
+site-image: export TAG ?= 0.1.0
+site-image: setup
+	cluster/site-image
+	cluster/try-site-image localhost/gretfound-site:$(TAG)

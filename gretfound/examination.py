@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import logging
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from gretfound import deidentify, dicom, fundus, isolation, metadata
+from gretfound import capacity, deidentify, dicom, fundus, isolation, metadata
+from gretfound.trial import Trial
 
 log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", *dicom.SUFFIXES)
@@ -31,6 +33,7 @@ ROWS_PER_BLOCK = 1024
 MIN_COPY_CORRELATION = 0.93
 MIN_PHOTOGRAPHS_FOR_POOL = 48
 MAX_PAIRS_SHOWN = 12
+DEIDENTIFY_CORE_S = 0.4  # a photograph of 1,072 x 712; measured, nearly all of it the search for text (docs/log.md)
 THUMBNAIL_PX = 120
 
 
@@ -198,7 +201,8 @@ def examine(
     lines = {row.image: row.line for row in reversed(table.rows)} if table is not None else {}
     _note_photographs(photographs, findings)
     _note_rows(rows, names, has_table=table is not None, findings=findings)
-    copies = _exact_duplicates(photographs, findings)
+    # A copy that the table does not list must not push out the one that it does.
+    copies = _exact_duplicates(sorted(photographs, key=lambda photograph: photograph.name not in rows), findings)
     near_duplicates = _near_duplicates(photographs)
     if near_duplicates:
         findings.append(
@@ -275,6 +279,57 @@ def narrowed(examination: Examination, usable: Sequence[Usable], findings: Seque
         num_patients=num_patients,
         num_eyes=num_eyes,
     )
+
+
+def estimates(
+    examination: Examination, trial: Trial | None, *, images_seen: int, num_drawn: int
+) -> tuple[tuple[str, str], ...]:
+    """Tells for each form how long a contribution takes and whether memory is enough, and where that is from.
+
+    Args:
+        examination: What `examine` found.
+        trial: A few steps, timed on this machine with the chosen base; None where no base was given.
+        images_seen: Photographs that the training looks at, repeats counted.
+        num_drawn: Photographs that ``synthetic`` draws.
+    """
+    num_cores = len(os.sched_getaffinity(0))
+    duration = _duration(len(examination.usable) * DEIDENTIFY_CORE_S / num_cores)
+    told = [
+        (
+            "images",
+            f"{duration} on this machine's {num_cores} cores, if a photograph takes a core {DEIDENTIFY_CORE_S} s: "
+            "measured elsewhere, with photographs of 1,072 x 712 pixels",
+        )
+    ]
+    for form, drawn in (("weights", 0), ("synthetic", num_drawn)):
+        if trial is None:
+            words = "not measured: give --base DIR, and --device cuda for the GPU, and a few steps are timed here"
+        elif not trial.has_enough_memory:
+            words = (
+                f"out of memory at --batch-size {trial.batch_size}: the device has {_gib(trial.total_bytes)}; "
+                f"halve --batch-size"
+            )
+        else:
+            work = f"{images_seen:,} photographs at {trial.trained_per_s:.3g} a second"
+            work += f", then {drawn:,} drawn at {trial.drawn_per_s:.3g} a second" if drawn else ""
+            words = (
+                f"{_duration(trial.duration_s(images_seen=images_seen, num_drawn=drawn))}: {work}, measured just now "
+                f"on this machine's {trial.device} with this base; memory {_gib(trial.peak_bytes)} of "
+                f"{_gib(trial.total_bytes)} at --batch-size {trial.batch_size}"
+            )
+        told.append((form, words))
+    return tuple(told)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size_s in (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size_s:
+            return f"about {seconds / size_s:.0f} {unit}"
+    return "less than two minutes"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / capacity.GIB:.1f} GiB"
 
 
 def _counted(count: int, noun: str) -> str:
@@ -501,6 +556,15 @@ def _read_table(folder_path: Path, findings: list[Finding], *, is_required: bool
         return None
     try:
         table = metadata.read_metadata(path)
+    except OSError as error:
+        findings.append(
+            Finding(
+                headline=f"the table {METADATA_NAME} cannot be opened: {error.strerror or error}",
+                advice="Make it readable for whoever runs this command; in a container that is the user after --user.",
+                is_blocking=True,
+            )
+        )
+        return None
     except (ValueError, csv.Error) as error:
         findings.append(
             Finding(
@@ -604,11 +668,12 @@ FORM_WORDS = {
 }
 
 
-def to_text(examination: Examination, *, max_details: int = 10) -> str:
+def to_text(examination: Examination, *, estimated: Sequence[tuple[str, str]] = (), max_details: int = 10) -> str:
     """Returns the report for a terminal.
 
     Args:
         examination: What `examine` found.
+        estimated: What `estimates` tells.
         max_details: Files or rows listed under each finding; the HTML page lists all.
     """
     lines = [f"Check of {examination.folder_path}   (policy {examination.policy.stamp})"]
@@ -625,6 +690,9 @@ def to_text(examination: Examination, *, max_details: int = 10) -> str:
     lines += [f"  {value:>10}  {label}" for label, value in _numbers(examination)]
     for title, bars in _charts(examination):
         lines += ["", title, *(f"  {label:<16} {count:>6}  {'#' * round(share * 40)}" for label, count, share in bars)]
+    if estimated:
+        lines += ["", "Time and memory"]
+        lines += [textwrap.fill(f"  {form:<10} {words}", 100, subsequent_indent=" " * 13) for form, words in estimated]
     if examination.columns:
         lines += ["", f"Metadata {'understood':>18} {'blank':>7} {'not understood':>15}"]
         lines += [
@@ -640,8 +708,13 @@ def to_text(examination: Examination, *, max_details: int = 10) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_html(examination: Examination) -> str:
-    """Returns the report as one self-contained page, with the pictures of the most similar pairs."""
+def to_html(examination: Examination, *, estimated: Sequence[tuple[str, str]] = ()) -> str:
+    """Returns the report as one self-contained page, with the pictures of the most similar pairs.
+
+    Args:
+        examination: What `examine` found.
+        estimated: What `estimates` tells.
+    """
     import jinja2  # here, as the terminal report and --help need no template
 
     template = (Path(__file__).parent / "site_report.html").read_text()
@@ -653,6 +726,7 @@ def to_html(examination: Examination) -> str:
         forms=examination.fitness,
         form_words=FORM_WORDS,
         numbers=_numbers(examination),
+        estimated=estimated,
         findings=examination.findings,
         pairs=[[_side(examination.folder_path, name) for name in pair] for pair in pairs],
         num_pairs_hidden=len(examination.near_duplicates) - len(pairs),

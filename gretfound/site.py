@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -41,6 +42,7 @@ from gretfound import (
     signing,
     storage,
     strongbox,
+    trial,
 )
 from gretfound.errors import ConfigError, GretfoundError
 from gretfound.examination import POLICIES, Examination, SitePolicy, Usable
@@ -124,6 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GretfoundError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except PermissionError as error:
+        path = Path(str(error.filename))
+        name = f"a photograph of {examination.FOLDER_NAME}" if examination.FOLDER_NAME in path.parts else path
+        print(
+            f"this user may not read or write {name}: give it to whoever runs this command (in a container, the user "
+            "after --user)",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,8 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--policy", choices=sorted(POLICIES), default="standard", help="which numbers to hold it against"
     )
-
     default = Recipe()
+    check.add_argument("--base", default="", metavar="DIR|URI",
+                       help="time a few steps with this generator, to tell hours and memory; minutes")  # fmt: skip
+    check.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help="where to time them")
+    check.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N")
+    check.add_argument("--images-seen", type=int, default=default.images_seen, metavar="N", help="training length")
+    check.add_argument("--num-images", type=int, default=default.num_drawn, metavar="N", help="photographs to draw")
+
     make = commands.add_parser("contribute", help="everything else; ends in one file; run it again to go on")
     make.add_argument("folder", type=Path, metavar="DIR", help="holds traindata/ and metadata.csv")
     make.add_argument("--form", choices=forms, required=True)
@@ -682,11 +699,30 @@ def _draw_shards(
 
 def _check(arguments: argparse.Namespace) -> int:
     found = _examine(arguments.folder, POLICIES[arguments.policy])
-    print(examination.to_text(found), end="")
+    estimated = examination.estimates(
+        found, _trial(arguments), images_seen=arguments.images_seen, num_drawn=arguments.num_images
+    )
+    print(examination.to_text(found, estimated=estimated), end="")
     if arguments.html is not None:
-        storage.write_bytes(str(arguments.html), examination.to_html(found).encode())
+        storage.write_bytes(str(arguments.html), examination.to_html(found, estimated=estimated).encode())
         print(f"\nThe same as a page, with every file listed: {arguments.html}")
     return EXIT_FIT if found.is_fit_for(arguments.form) else EXIT_NOT_FIT
+
+
+def _trial(arguments: argparse.Namespace) -> trial.Trial | None:
+    if not arguments.base:
+        return None
+    from gretfound.generator import pipeline
+
+    default = Recipe()
+    with tempfile.TemporaryDirectory() as folder, _bar("timing", None, leave=False):
+        return trial.run(
+            pipeline.fetch_base(arguments.base, hub_uri=None, folder_path=Path(folder, "base")),
+            device=arguments.device,
+            batch_size=arguments.batch_size,
+            lora_rank=default.lora_rank,
+            num_steps=default.num_steps,
+        )
 
 
 def _contribute(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from gretfound import metadata
 from tests.conftest import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -46,7 +47,9 @@ def test_pages__links_lead_to_files(page: Path) -> None:
 def test_pages__named_modules_and_layers_exist(page: Path) -> None:
     text = page.read_text()
     for module in re.findall(r"python -m ((?:jobs|serve|gretfound)\.\w+)", text):
-        assert module == "jobs.NAME" or (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name}: {module}"
+        path = ROOT / module.replace(".", "/")
+        is_there = path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+        assert module == "jobs.NAME" or is_there, f"{page.name}: {module}"
     for layer in re.findall(r"\bconf/[\w/]+\.yaml", text):
         assert (ROOT / layer).exists(), f"{page.name}: {layer}"
 
@@ -57,3 +60,32 @@ def test_tree__no_photograph_and_nothing_large_is_committed() -> None:
         assert not name.lower().endswith((".jpg", ".jpeg", ".png", ".tif", ".tiff", ".dcm", ".ppm")), name
         path = ROOT / name
         assert not path.is_file() or path.stat().st_size < 500_000, name
+
+
+def dictionary_rows() -> list[str]:
+    """Returns the rows of docs/metadata.md's two tables, as the dictionary of the code has them."""
+    columns = []
+    words = []
+    for column in metadata.COLUMNS:
+        unit = f"{column.unit}, {column.low:g} to {column.high:g}" if column.kind == "number" else ""
+        columns.append(f"| `{column.name}` | {column.kind} | {unit} | {column.help} |")
+        for value, ways in column.words.items():
+            name = {True: "yes", False: "no"}[value] if column.kind == "yes/no" else value
+            words.append(f"| `{column.name}` | {name} | {', '.join(way for way in ways if way != str(name))} |")
+    return columns + words
+
+
+def test_metadata_page__is_the_whole_dictionary_and_nothing_else() -> None:
+    page = (ROOT / "docs" / "metadata.md").read_text()
+    found = [line for line in page.splitlines() if line.startswith("| `") and not line.startswith("| `Image`")]
+    assert found == dictionary_rows(), "docs/metadata.md: put these rows in:\n" + "\n".join(dictionary_rows())
+
+
+def test_metadata_page__its_example_is_understood(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```text\n(Image,.*?)```", (ROOT / "docs" / "metadata.md").read_text(), re.DOTALL)
+    (tmp_path / "metadata.csv").write_text(example)
+    table = metadata.read_metadata(tmp_path / "metadata.csv")
+    assert (table.unknown_columns, table.problems) == ([], [])
+    assert [row.cells.get("dr") for row in table.rows] == [2, 1, None, 0]
+    assert [row.cells.get("eye") for row in table.rows] == ["right", "left", "right", "left"]
+    assert table.rows[0].cells["hba1c"] == pytest.approx(7.0, abs=0.01)

@@ -97,6 +97,13 @@ def test_examine__a_photograph_without_a_row_is_left_out(site_path: Path) -> Non
     assert len(found.usable) == NUM_IMAGES - 1
 
 
+def test_examine__a_copy_without_a_row_does_not_push_out_the_listed_photograph(site_path: Path) -> None:
+    listed = _names(site_path)[0]
+    shutil.copy(site_path / "traindata" / listed, site_path / "traindata" / "000-copy.jpg")
+    found = examination.examine(site_path, policy=DEMONSTRATION)
+    assert {usable.path.name for usable in found.usable} == set(_names(site_path)) - {"000-copy.jpg"}
+
+
 def test_examine__a_reject_is_left_out(site_path: Path) -> None:
     lines = (site_path / "metadata.csv").read_text().splitlines()
     lines = [lines[0] + ",Quality", lines[1] + ",reject", *(line + ",good" for line in lines[2:])]

@@ -38,7 +38,7 @@ ROWS = [
         "gretfound.synthesis",
         "gretfound.tracking",
     },
-    {"gretfound.gate"},
+    {"gretfound.gate", "gretfound.trial"},
     {"gretfound.corpus", "gretfound.evaluation", "gretfound.generator", "gretfound.inspection"},
     {"gretfound.duplicates", "gretfound.strongbox"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
