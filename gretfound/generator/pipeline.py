@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from gretfound import storage
 from gretfound.errors import ConfigError, ContributionRejected, LineageError, StorageError
-from gretfound.generator import autoencoding
+from gretfound.generator import autoencoding, consistency
 from gretfound.generator.adapter import (
     ADAPTER_TENSORS,
     ADAPTER_TERMS,
@@ -381,14 +381,23 @@ def save_adapter(path: Path, *, tensors: Mapping[str, Tensor], terms: AdapterTer
     return path
 
 
-def install_adapter(base_path: Path, adapter_path: Path, out_path: Path) -> Path:
+def install_adapter(base_path: Path, adapter_path: Path, out_path: Path, *, is_few_step: bool = False) -> Path:
     """Merges an adapter into a copy of its base; the result is a plain diffusers folder.
+
+    Args:
+        base_path: The base.
+        adapter_path: The adapter.
+        out_path: The result.
+        is_few_step: Whether the adapter makes a few-step student of the base, which draws with another scheduler.
 
     Raises:
         ContributionRejected: If a tensor is missing, unexpected, of another shape, or not finite; names it.
         LineageError: If the adapter was trained from another base.
     """
-    return save_pipeline(load_pipeline(base_path, adapter_path=adapter_path), out_path)
+    merged = load_pipeline(base_path, adapter_path=adapter_path)
+    if is_few_step:
+        merged.register_modules(scheduler=consistency.few_step_scheduler(merged.scheduler))
+    return save_pipeline(merged, out_path)
 
 
 def _merge_adapter(unet: UNet2DConditionModel, adapter_path: Path, *, base_sha256: str) -> None:
