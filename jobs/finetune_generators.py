@@ -29,7 +29,7 @@ from gretfound.errors import ConfigError, GretfoundError, LineageError
 from jobs import console
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from gretfound.lineage import Contribution, Generator
     from gretfound.site_states import State
@@ -231,6 +231,21 @@ def finetune_site(work: Work) -> "State":
     return State(state="finished", generator_id=record.id, wall_s=time.monotonic() - began_s)
 
 
+def first_states(
+    works: list[Work], finished: Mapping[str, str], faults: Mapping[str, str]
+) -> "Iterator[tuple[Work, State]]":
+    """Yields each site's state before any run; arguments as of `drive`."""
+    from gretfound.site_states import State
+
+    for work in works:
+        if work.recipe_id in finished:
+            yield work, State(state="finished", generator_id=finished[work.recipe_id])
+        elif work.site_id in faults:
+            yield work, State(state="failed", message=faults[work.site_id])
+        else:
+            yield work, State(state="waiting")
+
+
 def drive(
     works: list[Work],
     finished: Mapping[str, str],
@@ -260,10 +275,7 @@ def drive(
     from gretfound import site_states
     from gretfound.site_states import State
 
-    states = {work.recipe_id: State(state="waiting") for work in works}
-    states |= {work.recipe_id: State(state="failed", message=faults[work.site_id]) for work in works
-               if work.site_id in faults}  # fmt: skip
-    states |= {recipe: State(state="finished", generator_id=generator_id) for recipe, generator_id in finished.items()}
+    states = {work.recipe_id: state for work, state in first_states(works, finished, faults)}
     sites = {work.recipe_id: work.site_id for work in works}
     waiting = [work for work in works if states[work.recipe_id].state == "waiting"]
     running: dict[Any, Work] = {}
@@ -429,7 +441,7 @@ def main(argv: list[str]) -> str:
     if "--status" in argv:
         return show_status([each for each in argv if each != "--status"])
     config = load(Config, argv)
-    from gretfound import fit, storage
+    from gretfound import fit, site_states, storage
     from gretfound.lineage import Generator
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -445,7 +457,9 @@ def main(argv: list[str]) -> str:
 
         fit.check_resources(**{name: value for name, value in asdict(config.cluster).items() if name != "max_failures"})
         window = window_for(config, ray.cluster_resources())
-        faults = encode(unfinished, window=window, hub_uri=hub_uri)
+        sites = {work.recipe_id: (work.site_id, state) for work, state in first_states(works, finished, {})}
+        with site_states.telling(hub_uri, works[0].group, sites):
+            faults = encode(unfinished, window=window, hub_uri=hub_uri)
         states = drive(works, finished, faults, window=window, hub_uri=hub_uri, run_id=works[0].group)
         failed = {work.site_id: states[work.recipe_id].message for work in unfinished
                   if states[work.recipe_id].state == "failed"}  # fmt: skip
