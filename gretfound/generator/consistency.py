@@ -128,7 +128,15 @@ def frozen_copy(unet: nn.Module) -> nn.Module:
 
 
 def few_step_scheduler(teacher: Any) -> LCMScheduler:
-    """Returns the scheduler that draws with a student of a generator with this scheduler."""
-    return LCMScheduler.from_config(
-        teacher.config, original_inference_steps=NUM_SOLVER_STEPS, timestep_scaling=TIME_SCALING, clip_sample=False
+    """Returns the scheduler that draws with a student of a generator with this scheduler.
+
+    It is made anew: diffusers' ``from_config`` takes `LCMScheduler`'s own default in the place of every value that is a
+    default of the teacher's, which is another noise.
+    """
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    return LCMScheduler(
+        **{name: teacher.config[name] for name in kept},
+        original_inference_steps=NUM_SOLVER_STEPS,
+        timestep_scaling=TIME_SCALING,
+        clip_sample=False,
     )

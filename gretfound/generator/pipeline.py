@@ -40,6 +40,8 @@ from gretfound.lineage import Generator
 
 log = logging.getLogger(__name__)
 _COMPONENT_LIBRARIES = ("diffusers", "transformers")
+_DESCRIPTIONS = ("config.json", "model_index.json", "tokenizer_config.json")
+_WHENCE = ("_name_or_path", "is_local", "local_files_only")
 _TOKEN_START, _TOKEN_END = "<|startoftext|>", "<|endoftext|>"
 
 diffusers.utils.logging.disable_progress_bar()
@@ -217,10 +219,17 @@ def caption_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline, path: Path) -> Path:
-    """Writes a diffusers folder; one that is cut short is never seen under ``path``."""
+    """Writes a diffusers folder; one that is cut short is never seen under ``path``.
+
+    Equal pipelines give equal bytes: where a pipeline was loaded from, which the libraries note, is left out.
+    """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, safe_serialization=True)
+    for described in (each for each in partial.rglob("*.json") if each.name in _DESCRIPTIONS):
+        content = json.loads(described.read_text())
+        kept = {name: value for name, value in content.items() if name not in _WHENCE}
+        described.write_text(json.dumps(kept, indent=2) + "\n")
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     return path
