@@ -1,8 +1,8 @@
 """Encoding: the photographs of sites become latents at the hub, once, by Ray Data.
 
-The work of one actor is one shard. Its cache (`gretfound.generator.latents`) lies in HUB/latents/KEY/ under a key that
-says all that it depends on, and is complete when its `latents.parquet` is there: the other file is written before. So
-a job that is run again, or another one on the same photographs and base, encodes nothing twice; the folder may be
+The work of one actor is one shard. Its cache (`gretfound.generator.latents`) lies in HUB/latents/SITE/KEY/ under a key
+that says all that it depends on, and is complete when its `latents.parquet` is there: the other file is written before.
+So a job that is run again, or another one on the same photographs and base, encodes nothing twice; the folder may be
 deleted at any time.
 """
 
@@ -40,6 +40,14 @@ class Part:
         """Names the part's cache."""
         files = [(file.path, file.sha256) for file in base.files]
         return latents.key_of(files, shard_sha256=self.shard_sha256, resolution_px=self.resolution_px)
+
+    def cache_uri(self, hub_uri: str, base: Generator) -> str:
+        """Returns the folder of the part's cache."""
+        return storage.join(hub_uri, FOLDER, self.site_id, self.key(base))
+
+    def is_encoded(self, hub_uri: str, base: Generator) -> bool:
+        """Tells whether the cache is there, and complete."""
+        return storage.exists(storage.join(self.cache_uri(hub_uri, base), FILES[-1]))
 
 
 def parts_of(shard_set: ShardSet, *, base: Generator, resolution_px: int | None) -> list[Part]:
@@ -95,15 +103,14 @@ class Encoder:
             GretfoundError: If the shard is absent or damaged, or the base or the resolution cannot be used.
         """
         base, loaded = self._base(part.base_id)
-        cache_uri = uri_of(self._hub_uri, part.key(base))
-        if storage.exists(storage.join(cache_uri, FILES[-1])):
+        if part.is_encoded(self._hub_uri, base):
             return
         with storage.scratch_folder() as folder:
             shard_path, cache_path = Path(folder) / "shard.parquet", Path(folder) / "cache"
             storage.download_file(storage.join(self._hub_uri, part.shard_path), shard_path, sha256=part.shard_sha256)
             latents.encode_shard(shard_path, cache_path, base=loaded, resolution_px=part.resolution_px)
             for name in FILES:
-                storage.upload_file(cache_path / name, storage.join(cache_uri, name))
+                storage.upload_file(cache_path / name, storage.join(part.cache_uri(self._hub_uri, base), name))
 
     def _base(self, base_id: str) -> tuple[Generator, Any]:
         if self._loaded[0] != base_id:
@@ -112,11 +119,6 @@ class Encoder:
                 path = storage.fetch_folder(self._hub_uri, record, Path(folder))
                 self._loaded = (base_id, record, pipeline.load_pipeline(path, device=self._device))
         return self._loaded[1], self._loaded[2]
-
-
-def uri_of(hub_uri: str, key: str) -> str:
-    """Returns the folder of a cache."""
-    return storage.join(hub_uri, FOLDER, key)
 
 
 def encode(
@@ -143,11 +145,7 @@ def encode(
     Returns:
         By site, what was wrong with a part of it; sites without a fault are not in it.
     """
-    missing = [
-        part
-        for part in parts
-        if not storage.exists(storage.join(uri_of(hub_uri, part.key(bases[part.base_id])), FILES[-1]))
-    ]
+    missing = [part for part in parts if not part.is_encoded(hub_uri, bases[part.base_id])]
     on_progress(sum(part.num_images for part in parts) - sum(part.num_images for part in missing))
     faults: dict[str, str] = {}
     done = synthesis.work_off(
@@ -175,7 +173,7 @@ def fetch(hub_uri: str, parts: Sequence[Part], folder_path: Path, *, base: Gener
         StorageError: If one is absent.
     """
     for index, part in enumerate(parts):
-        key = part.key(base)
         for name in FILES:
-            storage.download_file(storage.join(uri_of(hub_uri, key), name), folder_path / f"{index:06d}-{key}" / name)
+            cache_path = folder_path / f"{index:06d}-{part.key(base)}"
+            storage.download_file(storage.join(part.cache_uri(hub_uri, base), name), cache_path / name)
     return folder_path

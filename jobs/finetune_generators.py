@@ -181,7 +181,7 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
             device="cuda" if work.config.cluster.gpus_per_worker else "cpu",
             checkpoints=RayCheckpoints(fit.train_uri(work.run_uri, work.recipe_id)),
             on_progress=lambda progress: tracker.write(progress.figures()),
-            **asdict(work.config.tuning),
+            **(asdict(work.config.tuning) | {"resolution_px": parts[0].resolution_px}),
         )
         if is_first:
             terms = adapter.read_terms(adapter_path)

@@ -31,7 +31,7 @@ def test_encoder__a_damaged_shard_is_told_of_and_nothing_is_encoded_twice(tmp_pa
     assert told["num_images"] == [3, 3]
     assert "SHA-256" in told["fault"][0]
     assert told["fault"][1] == ""
-    cache = tmp_path / "hub" / "latents" / aster.key(base)
+    cache = tmp_path / "hub" / "latents" / "aster" / aster.key(base)
     assert sorted(path.name for path in cache.iterdir()) == sorted(encoding.FILES)
     written = (cache / latents.LATENTS_NAME).stat().st_mtime_ns
     assert Encoder(hub_uri=hub_uri, device="cpu")(rows_of([aster]))["fault"] == [""]

@@ -74,9 +74,9 @@ def test_finetune_generators__odd_sites_end_with_a_clear_state(ray_cluster: None
     assert prompts["no-metadata"] == {"colour fundus photograph"}
     assert all(each.num_images == 4 for each in sets.values())
     # A student of each, from the latents that are there.
-    encoded = sorted((tmp_path / "hub" / "latents").iterdir())
+    encoded = sorted((tmp_path / "hub" / "latents").rglob("*"))
     students = finetune_generators.main([*keys, "tuning.objective=consistency"]).split(",")
-    assert sorted((tmp_path / "hub" / "latents").iterdir()) == encoded
+    assert sorted((tmp_path / "hub" / "latents").rglob("*")) == encoded
     for student in (storage.read_record(hub_uri, each, Generator) for each in students):
         assert student.is_few_step
         assert student.base_id == found[student.site_id].id
