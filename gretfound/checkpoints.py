@@ -61,6 +61,52 @@ class LocalCheckpoints:
         return target.name
 
 
+class HubCheckpoints:
+    """Keeps the newest state of a run in one process in the hub, so that another machine can go on with it.
+
+    There are two places, written in turn; `latest.json` is written last and says which one holds, with its digests.
+
+    Args:
+        folder_uri: A folder for this run alone.
+    """
+
+    def __init__(self, folder_uri: str) -> None:
+        self._folder_uri = folder_uri
+
+    @property
+    def _latest_uri(self) -> str:
+        return storage.join(self._folder_uri, "latest.json")
+
+    def restore(self, engine: Any) -> dict[str, Any] | None:
+        """Loads the newest state, if there is one.
+
+        Raises:
+            StorageError: If it is not what was written.
+        """
+        if not storage.exists(self._latest_uri):
+            return None
+        latest = storage.read_json(self._latest_uri)
+        with storage.scratch_folder() as folder:
+            for name, sha256 in latest["digests"].items():
+                uri = storage.join(self._folder_uri, latest["place"], name)
+                storage.download_file(uri, Path(folder) / name, sha256=sha256)
+            _, client_state = engine.load_checkpoint(folder)
+        return dict(client_state)
+
+    def save(self, engine: Any, *, images_seen: int, losses: list[float]) -> str:
+        """Writes the state into the place that does not hold the newest one, then says that it does now."""
+        is_first = not storage.exists(self._latest_uri) or storage.read_json(self._latest_uri)["place"] == "second"
+        place = "first" if is_first else "second"
+        with storage.scratch_folder() as folder:
+            engine.save_checkpoint(folder, tag=_STATE_TAG, client_state={"images_seen": images_seen, "losses": losses})
+            described = storage.describe_folder(Path(folder))
+            digests = {str(path.relative_to(folder)): sha256 for path, sha256, _ in described}
+            for name in digests:
+                storage.upload_file(Path(folder) / name, storage.join(self._folder_uri, place, name))
+        storage.write_json(self._latest_uri, {"place": place, "images_seen": images_seen, "digests": digests})
+        return _name(images_seen)
+
+
 class RayCheckpoints:
     """Keeps state through Ray Train: each worker uploads its part, and a save returns only once it is committed.
 

@@ -434,15 +434,16 @@ def examine_parts(
     """Works off the parts that are not there yet with a pool of actors; arguments as of `synthesis.work_off`."""
     missing = [part for part in parts if not storage.exists(part.uri)]
     on_progress(sum(part.num for part in parts) - sum(part.num for part in missing))
-    synthesis.work_off(
+    done = synthesis.work_off(
         [{"part": json.dumps(asdict(part))} for part in missing],
         Examiner,
         examiner,
         num_actors=num_actors,
         cpus_per_actor=cpus_per_actor,
         gpus_per_actor=gpus_per_actor,
-        on_progress=on_progress,
     )
+    for row in done:
+        on_progress(int(row["num_images"]))
 
 
 def part_from_json(text: str) -> Part:

@@ -106,7 +106,11 @@ class Contribution(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Generator(Record):
-    """A diffusers text-to-image pipeline folder; ``site_id`` is empty for a base that belongs to no site."""
+    """A diffusers text-to-image pipeline folder; ``site_id`` is empty for a base that belongs to no site.
+
+    ``method`` is how it was made of its base: ``lora``, ``full``, or ``consistency``, a few-step student whose
+    ``base_id`` is its teacher; ``adopted`` is a base that was not trained here.
+    """
 
     kind: ClassVar[str] = "generator"
     folder: ClassVar[str] = "generators"
@@ -117,6 +121,11 @@ class Generator(Record):
     num_images: int
     images_seen: int
     final_loss: float
+
+    @property
+    def is_few_step(self) -> bool:
+        """Tells whether it draws in a few steps, without guidance."""
+        return self.method == "consistency"
 
 
 @dataclass(frozen=True, kw_only=True)

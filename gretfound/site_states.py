@@ -5,8 +5,10 @@ life. What a site's own run has written since is read beside it: its record, or 
 table is right while the run goes on, after it, and when its driver was killed.
 """
 
+import contextlib
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -93,6 +95,26 @@ def write(hub_uri: str, run_id: str, states: Mapping[str, tuple[str, State]]) ->
     ]
     uri = storage.join(storage.run_uri(hub_uri, run_id), FILE_NAME)
     storage.write_json(uri, {"told_at_s": time.time(), "sites": sites})
+
+
+@contextlib.contextmanager
+def telling(hub_uri: str, run_id: str, states: Mapping[str, tuple[str, State]]) -> Iterator[None]:
+    """Keeps writing the same states, as signs of life, while the block does what all sites wait for."""
+    stopped = threading.Event()
+
+    def tell() -> None:
+        while True:
+            write(hub_uri, run_id, states)
+            if stopped.wait(HEARTBEAT_S):
+                return
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def read(hub_uri: str, *, job: str) -> list[Table]:

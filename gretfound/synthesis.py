@@ -88,23 +88,34 @@ def contribution_of(hub_uri: str, generator: Generator) -> Contribution:
     return contributions[0]
 
 
-def generators_of(hub_uri: str, generator_ids: Sequence[str]) -> list[Generator]:
+def generators_of(hub_uri: str, generator_ids: Sequence[str], *, is_few_step: bool = False) -> list[Generator]:
     """Returns the generators of these ids or, without ids, those of all sites that have not withdrawn.
 
+    Args:
+        hub_uri: The hub.
+        generator_ids: Record ids, or none.
+        is_few_step: Whether the few-step students are meant, or the generators that draw with a solver.
+
     Raises:
-        LineageError: If there is none, or one of them descends from a site that has withdrawn.
+        LineageError: If there is none, or one of them descends from a site that has withdrawn or is of the other sort.
     """
     if generator_ids:
         named = [storage.read_record(hub_uri, generator_id, Generator) for generator_id in generator_ids]
         for record in named:
             withdrawal.require_unmarked(hub_uri, record)
+            if record.is_few_step != is_few_step:
+                sorts = ["one that draws with a solver", "a few-step one"]
+                raise LineageError(
+                    f"{record.id}: found {sorts[record.is_few_step]}; required {sorts[is_few_step]} "
+                    "(jobs.synthesize is_few_step)"
+                )
         return named
-    found = [record for record in withdrawal.read_remaining(hub_uri, Generator) if record.site_id]
-    if not found:
-        raise LineageError(
-            "the hub holds no site's generator; run jobs.finetune_generators, or jobs.intake for weights"
-        )
-    return found
+    remaining = [record for record in withdrawal.read_remaining(hub_uri, Generator) if record.site_id]
+    found_ones = [record for record in remaining if record.is_few_step == is_few_step]
+    if not found_ones:
+        made_by = "tuning.objective=consistency" if is_few_step else "or jobs.intake for weights"
+        raise LineageError(f"the hub holds no such generator of a site; run jobs.finetune_generators, {made_by}")
+    return found_ones
 
 
 def make_wishes(groups: Sequence[matching.Group], part: Part, *, seed: int) -> list[Wish]:
@@ -250,15 +261,16 @@ def paint(
     """
     missing = [part for part in parts if not storage.exists(part.receipt_uri)]
     on_progress(sum(part.num_images for part in parts) - sum(part.num_images for part in missing))
-    work_off(
+    done = work_off(
         [asdict(part) for part in missing],
         Painter,
         painter,
         num_actors=num_actors,
         cpus_per_actor=cpus_per_actor,
         gpus_per_actor=gpus_per_actor,
-        on_progress=on_progress,
     )
+    for row in done:
+        on_progress(int(row["num_images"]))
 
 
 def work_off(
@@ -269,18 +281,16 @@ def work_off(
     num_actors: int,
     cpus_per_actor: float,
     gpus_per_actor: float,
-    on_progress: Callable[[int], object],
-) -> None:
-    """Gives parts, one at a time, to a pool of actors on the cluster.
+) -> Iterator[dict[str, Any]]:
+    """Gives parts, one at a time, to a pool of actors on the cluster; yields what is told of each when it is done.
 
     Args:
         parts: A row each.
-        worker: The actor; called with a batch of one row, it returns ``num_images`` of it.
+        worker: The actor; called with a batch of one row, it returns another one.
         settings: The arguments that an actor is made with.
         num_actors: Actors at most.
         cpus_per_actor: CPUs that each one reserves.
         gpus_per_actor: GPUs that each one reserves.
-        on_progress: Told the number of photographs of each finished part.
     """
     if not parts:
         return
@@ -294,8 +304,7 @@ def work_off(
         num_cpus=cpus_per_actor,
         num_gpus=gpus_per_actor,
     )
-    for row in done.iter_rows():
-        on_progress(int(row["num_images"]))
+    yield from done.iter_rows()
 
 
 def gather(parts: Sequence[Part], *, generator: Generator, recipe_id: str) -> ShardSet:

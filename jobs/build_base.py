@@ -4,8 +4,9 @@
     python -m jobs.build_base hub_uri=s3://hub source=hf://stable-diffusion-v1-5/stable-diffusion-v1-5
 
 With source, a finished pipeline is taken into the hub. Without, a small one is built from the configuration and trained
-on photographs: those of a site folder, or drawn ones. Training runs in this process; a run that was cut short starts
-anew. Records one Generator without a site and prints its id.
+on photographs: those of a site folder, or drawn ones. Training runs in this process; a run that was cut short goes on
+from its last checkpoint in the hub when the same command is run again. Records one Generator without a
+site and prints its id.
 """
 
 from dataclasses import asdict, dataclass
@@ -58,6 +59,7 @@ class Config:
     phantom_site: str = setting("public", "which drawn site to train on, without photographs_uri")
     num_photographs: int = setting(480, "photographs to draw, without photographs_uri")
     seed: int = setting(0, "decides photographs, weights, order and noise")
+    checkpoint_every_images: int = setting(2000, "images between checkpoints; 0: at the end only")
     project: str = setting("gretfound", "the W&B project")
     networks: NetworksConfig = setting(NetworksConfig())
     training: TrainingConfig = setting(TrainingConfig())
@@ -68,6 +70,9 @@ class Config:
             raise ConfigError("source and photographs_uri exclude each other: a finished pipeline is not trained here")
 
 
+WITHOUT_EFFECT = ("hub_uri", "project", "checkpoint_every_images")  # on the generator
+
+
 def main(argv: list[str]) -> str:
     """Runs the job; returns the generator's id."""
     config = load(Config, argv)
@@ -75,7 +80,7 @@ def main(argv: list[str]) -> str:
     from gretfound.lineage import Generator
 
     hub_uri = storage.normalised(config.hub_uri)
-    settings = {name: value for name, value in canonical(config).items() if name not in ("hub_uri", "project")}
+    settings = {name: value for name, value in canonical(config).items() if name not in WITHOUT_EFFECT}
     recipe = lineage.recipe_id("build_base", settings, [])
     if finished := storage.finished_record(hub_uri, recipe, Generator):
         return finished.id
@@ -90,7 +95,7 @@ def main(argv: list[str]) -> str:
 def adopt(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -> "tuple[Path, Generator]":
     """Brings a finished pipeline here, holds it against what this version supports, and keeps what it uses."""
     from gretfound import storage
-    from gretfound.generator import finetune, pipeline
+    from gretfound.generator import latents, pipeline
     from gretfound.lineage import Generator
 
     source_path = pipeline.fetch_base(config.source, hub_uri=None, folder_path=scratch_path / "source")
@@ -101,7 +106,7 @@ def adopt(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -
         recipe_id=recipe_id,
         site_id="",
         method="adopted",
-        resolution_px=finetune.native_px(loaded),
+        resolution_px=latents.native_px(loaded),
         num_images=0,
         images_seen=0,
         final_loss=0.0,
@@ -111,22 +116,26 @@ def adopt(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -
 
 def build(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -> "tuple[Path, Generator]":
     """Builds a small pipeline and trains it from nothing."""
-    from gretfound import metadata, tracking
-    from gretfound.generator import finetune, pipeline, pretraining
+    from gretfound import metadata, storage, tracking
+    from gretfound.checkpoints import HubCheckpoints
+    from gretfound.generator import pipeline, pretraining, squares
     from gretfound.lineage import Generator
 
     folder_path = photographs_of(config, scratch_path)
     rows = metadata.read_metadata(folder_path / "metadata.csv").rows
     encoded = (((folder_path / "traindata" / row.image).read_bytes(), row.cells) for row in rows)
-    squares = list(finetune.squares_of(encoded, resolution_px=config.networks.resolution_px))
-    words = {word for square in squares for word in square.caption.split()} | set(metadata.caption_words())
+    photographs = list(squares.squares_of(encoded, resolution_px=config.networks.resolution_px))
+    words = {word for square in photographs for word in square.caption.split()} | set(metadata.caption_words())
     untrained = pipeline.build_pipeline(**asdict(config.networks), vocabulary=sorted(words), seed=config.seed)
     tracker = tracking.Tracker(run_uri, run_id=recipe_id, project=config.project, settings=canonical(config))
     with tracker, tracking.progress_bar(run_uri, "training the base"):
         summary = pretraining.train_from_nothing(
             untrained,
-            squares,
+            photographs,
+            work_path=scratch_path / "work",
             seed=config.seed,
+            checkpoints=HubCheckpoints(storage.join(run_uri, "checkpoints")),
+            checkpoint_every_images=config.checkpoint_every_images,
             on_progress=lambda progress: tracker.write(progress.figures()),
             **asdict(config.training),
         )
@@ -136,7 +145,7 @@ def build(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -
         site_id="",
         method="full",
         resolution_px=config.networks.resolution_px,
-        num_images=len(squares),
+        num_images=len(photographs),
         images_seen=summary.images_seen,
         final_loss=summary.final_loss,
     )

@@ -4,11 +4,15 @@
 
     python -m jobs.finetune_generators --status hub_uri=runs/demo/hub every_s=5
 
-Every contribution of the form `images` gets one Ray Train run; a bounded number of runs is under way at a time, and one
+The photographs are encoded first, once, by Ray Data, and their latents kept in HUB/latents. Then every contribution of
+the form `images` gets one Ray Train run; a bounded number of runs is under way at a time, and one
 that fails leaves the others alone. A run that was cut short goes on from its last checkpoint when the same command is
 run again. Some patients' photographs are held out, so that jobs.evaluate_generators can measure a generator against
 them. The last line is the generator's id; with several sites, their generators' ids joined by commas. It fails at the
 end if any site's run failed.
+
+With tuning.objective=consistency each site's generator that was fine-tuned from base_id gets a student that draws in a
+few steps and without guidance; jobs.synthesize is_few_step=true draws with it.
 
 --status prints the table of sites and states of the latest run, from any machine that reads the hub, and needs no
 cluster; its keys are hub_uri and every_s (seconds between tables until all sites have ended; 0: one table).
@@ -25,6 +29,9 @@ from gretfound.errors import ConfigError, GretfoundError, LineageError
 from jobs import console
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from gretfound.lineage import Contribution, Generator
     from gretfound.site_states import State
 
 
@@ -32,6 +39,9 @@ if TYPE_CHECKING:
 class TuningConfig:
     """The fine-tuning of one generator; progress and schedule are counted in images."""
 
+    objective: str = setting(
+        "denoising", "denoising; consistency: few-step students of the sites' own generators of base_id"
+    )
     method: str = setting("lora", "lora: low-rank factors; full: the whole UNet")
     num_images_seen: int = setting(200_000, "photographs to train on, repeats counted")
     batch_size: int = setting(16, "photographs a step, over all workers of a site")
@@ -42,6 +52,7 @@ class TuningConfig:
     weight_decay: float = setting(0.01, "AdamW's")
     caption_dropout: float = setting(0.1, "share of images that see the empty caption")
     min_snr_gamma: float | None = setting(5.0, "min-SNR weighting; null: all times weigh alike")
+    guidance_scale: float = setting(2.0, "of consistency: weight of the caption that a student learns")
     average_decay: float = setting(0.9999, "of the moving average of the weights that is kept, per step; 0: the last")
     precision: str = setting("float32", "float32 or bfloat16")
     zero_stage: int | None = setting(None, "DeepSpeed ZeRO stage, 0 to 3; null: plain PyTorch, one worker a site")
@@ -65,7 +76,7 @@ class Config:
     """What `finetune_generators` reads."""
 
     hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
-    base_id: str = setting(help="record id of the base generator (jobs.build_base)")
+    base_id: str = setting(help="record id of the base generator (jobs.build_base), or of the one of a site to distil")
     site_ids: list[str] = setting([], "the sites to fine-tune for; empty: all that sent photographs")
     held_out_share: float = setting(
         0.1, "share of a site's photographs, by patient, that is not trained on; none is held out if it is under 20"
@@ -79,6 +90,10 @@ class Config:
         """Checks what spans keys."""
         if self.tuning.method not in ("lora", "full"):
             raise ConfigError(f"tuning.method={self.tuning.method!r} is neither lora nor full")
+        if self.tuning.objective not in ("denoising", "consistency"):
+            raise ConfigError(f"tuning.objective={self.tuning.objective!r} is neither denoising nor consistency")
+        if self.tuning.guidance_scale < 1:
+            raise ConfigError(f"tuning.guidance_scale={self.tuning.guidance_scale:g} must be at least 1")
         if self.tuning.precision not in ("float32", "bfloat16"):
             raise ConfigError(f"tuning.precision={self.tuning.precision!r} is neither float32 nor bfloat16")
         if self.tuning.zero_stage is None and self.cluster.num_workers > 1:
@@ -125,7 +140,7 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
     """Runs on each Ray Train worker of a site: trains, and the first one writes the generator's record."""
     import ray.train
 
-    from gretfound import fit, holdout, storage, tracking
+    from gretfound import encoding, fit, holdout, shard, storage, tracking
     from gretfound.checkpoints import RayCheckpoints
     from gretfound.generator import adapter, finetune, pipeline
     from gretfound.lineage import Generator, ShardSet
@@ -145,23 +160,28 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
         base = storage.read_record(work.hub_uri, work.base_id, Generator)
         base_path = storage.fetch_folder(work.hub_uri, base, scratch_path / "base")
         shard_set = storage.read_record(work.hub_uri, work.shard_set_id, ShardSet)
-        for index, each in enumerate(shard_set.shards):
-            path = scratch_path / "shards" / f"{index:06d}.parquet"
-            storage.download_file(storage.join(work.hub_uri, each.path), path, sha256=each.sha256)
-        held_out = holdout.choose(
-            finetune.read_patients(sorted((scratch_path / "shards").iterdir())),
-            share=work.config.held_out_share,
-            seed=work.config.tuning.seed,
-        )
+        parts = encoding.parts_of(shard_set, base=base, resolution_px=work.config.tuning.resolution_px)
+        latents_path = encoding.fetch(work.hub_uri, parts, scratch_path / "latents", base=base)
+        shard_uris = [storage.join(work.hub_uri, each.path) for each in shard_set.shards]
+        rows = (row for uri in shard_uris for row in shard.read_rows(uri, columns=["image_id", "patient"]))
+        is_student = work.config.tuning.objective == "consistency"
+        if is_student:  # what its teacher has not seen
+            held_out = holdout.from_json(storage.read_json(str(base_path / holdout.FILE_NAME)))
+        else:
+            held_out = holdout.choose(
+                ((row["image_id"], row["patient"]) for row in rows),
+                share=work.config.held_out_share,
+                seed=work.config.tuning.seed,
+            )
         adapter_path = finetune.finetune_locally(
             base_path=base_path,
-            shard_path=scratch_path / "shards",
+            latents_path=latents_path,
             work_path=scratch_path / "work",
             left_out=held_out.image_ids,
             device="cuda" if work.config.cluster.gpus_per_worker else "cpu",
             checkpoints=RayCheckpoints(fit.train_uri(work.run_uri, work.recipe_id)),
             on_progress=lambda progress: tracker.write(progress.figures()),
-            **asdict(work.config.tuning),
+            **(asdict(work.config.tuning) | {"resolution_px": parts[0].resolution_px}),
         )
         if is_first:
             terms = adapter.read_terms(adapter_path)
@@ -170,13 +190,15 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
                 recipe_id=work.recipe_id,
                 site_id=work.site_id,
                 base_id=work.base_id,
-                method=terms.method,
+                method="consistency" if is_student else terms.method,
                 resolution_px=terms.resolution_px,
                 num_images=terms.num_images,
                 images_seen=terms.images_seen,
                 final_loss=terms.final_loss,
             )
-            generator_path = pipeline.install_adapter(base_path, adapter_path, scratch_path / "generator")
+            generator_path = pipeline.install_adapter(
+                base_path, adapter_path, scratch_path / "generator", is_few_step=is_student
+            )
             storage.write_json(str(generator_path / holdout.FILE_NAME), holdout.to_json(held_out))
             storage.publish_folder(work.hub_uri, generator_path, record)
 
@@ -209,8 +231,29 @@ def finetune_site(work: Work) -> "State":
     return State(state="finished", generator_id=record.id, wall_s=time.monotonic() - began_s)
 
 
+def first_states(
+    works: list[Work], finished: Mapping[str, str], faults: Mapping[str, str]
+) -> "Iterator[tuple[Work, State]]":
+    """Yields each site's state before any run; arguments as of `drive`."""
+    from gretfound.site_states import State
+
+    for work in works:
+        if work.recipe_id in finished:
+            yield work, State(state="finished", generator_id=finished[work.recipe_id])
+        elif work.site_id in faults:
+            yield work, State(state="failed", message=faults[work.site_id])
+        else:
+            yield work, State(state="waiting")
+
+
 def drive(
-    works: list[Work], finished: Mapping[str, str], *, window: int, hub_uri: str, run_id: str
+    works: list[Work],
+    finished: Mapping[str, str],
+    faults: Mapping[str, str],
+    *,
+    window: int,
+    hub_uri: str,
+    run_id: str,
 ) -> dict[str, "State"]:
     """Drives the unfinished runs, ``window`` at a time; returns and keeps writing the state of each site.
 
@@ -220,6 +263,7 @@ def drive(
     Args:
         works: All runs.
         finished: The generators of those that an earlier call finished, by recipe id.
+        faults: By site, why its photographs could not be encoded: it fails without a run.
         window: Runs under way at a time.
         hub_uri: The hub.
         run_id: Names the run over all sites.
@@ -231,14 +275,9 @@ def drive(
     from gretfound import site_states
     from gretfound.site_states import State
 
-    states = {
-        work.recipe_id: State(state="finished", generator_id=finished[work.recipe_id])
-        if work.recipe_id in finished
-        else State(state="waiting")
-        for work in works
-    }
+    states = {work.recipe_id: state for work, state in first_states(works, finished, faults)}
     sites = {work.recipe_id: work.site_id for work in works}
-    waiting = [work for work in works if work.recipe_id not in finished]
+    waiting = [work for work in works if states[work.recipe_id].state == "waiting"]
     running: dict[Any, Work] = {}
     remote = ray.remote(num_cpus=0, max_retries=0)(finetune_site)
 
@@ -246,7 +285,7 @@ def drive(
         told = {recipe: (sites[recipe], state) for recipe, state in states.items()}
         site_states.write(hub_uri, run_id, told)
 
-    with tqdm(total=len(works), initial=len(finished), desc="fine-tuning", unit="site") as bar:
+    with tqdm(total=len(works), initial=len(works) - len(waiting), desc="fine-tuning", unit="site") as bar:
         while waiting or running:
             while waiting and len(running) < window:
                 work = waiting.pop(0)
@@ -264,6 +303,38 @@ def drive(
                 bar.update()
     tell()
     return states
+
+
+def encode(works: list[Work], *, window: int, hub_uri: str) -> dict[str, str]:
+    """Encodes the photographs of all runs that are not encoded yet; returns by site what was wrong with it.
+
+    As many actors encode as runs will be under way, each on what a training worker takes.
+    """
+    from tqdm import tqdm
+
+    from gretfound import encoding, storage
+    from gretfound.lineage import Generator, ShardSet
+
+    bases = {base_id: storage.read_record(hub_uri, base_id, Generator) for base_id in {each.base_id for each in works}}
+    parts = [
+        part
+        for work in works
+        for part in encoding.parts_of(
+            storage.read_record(hub_uri, work.shard_set_id, ShardSet),
+            base=bases[work.base_id],
+            resolution_px=work.config.tuning.resolution_px,
+        )
+    ]
+    with tqdm(total=sum(part.num_images for part in parts), desc="encoding", unit="image") as bar:
+        return encoding.encode(
+            hub_uri,
+            parts,
+            bases=bases,
+            num_actors=window,
+            cpus_per_actor=works[0].config.cluster.cpus_per_worker,
+            gpus_per_actor=works[0].config.cluster.gpus_per_worker,
+            on_progress=bar.update,
+        )
 
 
 def window_for(config: Config, available: Mapping[str, float]) -> int:
@@ -300,12 +371,14 @@ def plan(config: Config, hub_uri: str) -> list[Work]:
     }
     settings = canonical(config.tuning) | {"held_out_share": config.held_out_share}
     group = lineage.recipe_id("finetune_generators", settings, [base.id, *(each.id for each in contributions)])
+    generators = list(withdrawal.read_remaining(hub_uri, Generator))
     works = []
     for contribution in sorted(contributions, key=lambda each: (each.site_id, each.id)):
         if contribution.id not in of_contribution:
             raise LineageError(f"{contribution.id} of {contribution.site_id} has no shard set; run jobs.intake again")
         shard_set = of_contribution[contribution.id]
-        parents = [base.id, contribution.id, shard_set.id]
+        start = teacher_of(contribution, base, generators) if config.tuning.objective == "consistency" else base
+        parents = [start.id, contribution.id, shard_set.id]
         recipe = lineage.recipe_id("finetune_generator", settings, parents)
         works.append(
             Work(
@@ -315,12 +388,32 @@ def plan(config: Config, hub_uri: str) -> list[Work]:
                 site_id=contribution.site_id,
                 contribution_id=contribution.id,
                 shard_set_id=shard_set.id,
-                base_id=base.id,
+                base_id=start.id,
                 group=group,
                 config=config,
             )
         )
     return works
+
+
+def teacher_of(contribution: "Contribution", base: "Generator", generators: "Sequence[Generator]") -> "Generator":
+    """Finds the generator of a contribution that a student is made of: the one that was fine-tuned from the base.
+
+    Raises:
+        LineageError: If there is none, or more than one.
+    """
+    found = [
+        each
+        for each in generators
+        if contribution.id in each.parents and not each.is_few_step and base.id in (each.base_id, each.id)
+    ]
+    if len(found) != 1:
+        raise LineageError(
+            f"found {len(found)} generators of {contribution.id} of {contribution.site_id} to distil that descend from "
+            f"{base.id}: {[each.id for each in found]}; required one: fine-tune it, or name it as base_id with "
+            f"site_ids=[{contribution.site_id}]"
+        )
+    return found[0]
 
 
 def show_status(argv: list[str]) -> str:
@@ -348,7 +441,7 @@ def main(argv: list[str]) -> str:
     if "--status" in argv:
         return show_status([each for each in argv if each != "--status"])
     config = load(Config, argv)
-    from gretfound import fit, storage
+    from gretfound import fit, site_states, storage
     from gretfound.lineage import Generator
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -364,7 +457,10 @@ def main(argv: list[str]) -> str:
 
         fit.check_resources(**{name: value for name, value in asdict(config.cluster).items() if name != "max_failures"})
         window = window_for(config, ray.cluster_resources())
-        states = drive(works, finished, window=window, hub_uri=hub_uri, run_id=works[0].group)
+        sites = {work.recipe_id: (work.site_id, state) for work, state in first_states(works, finished, {})}
+        with site_states.telling(hub_uri, works[0].group, sites):
+            faults = encode(unfinished, window=window, hub_uri=hub_uri)
+        states = drive(works, finished, faults, window=window, hub_uri=hub_uri, run_id=works[0].group)
         failed = {work.site_id: states[work.recipe_id].message for work in unfinished
                   if states[work.recipe_id].state == "failed"}  # fmt: skip
         if failed:

@@ -29,8 +29,11 @@ class Config:
     balance: dict[str, float] = setting(
         {}, "by column, as balance.dr=0.5: 0 draws its values as at the site, 1 all alike"
     )
-    num_steps: int = setting(20, "steps of DPM-Solver++")
-    guidance_scale: float = setting(3.0, "weight of the caption; 1: no guidance")
+    is_few_step: bool = setting(
+        False, "draw from the few-step students (jobs.finetune_generators tuning.objective=consistency)"
+    )
+    num_steps: int = setting(20, "steps of DPM-Solver++, or of a few-step generator")
+    guidance_scale: float = setting(3.0, "weight of the caption; 1: no guidance, and what is_few_step needs")
     images_per_shard: int = setting(4096, "photographs a shard, and lost at most when an actor dies")
     jpeg_quality: int = setting(95, "1 to 100; 0: PNG, without loss")
     is_screened: bool = setting(
@@ -49,6 +52,11 @@ class Config:
             raise ConfigError(f"precision={self.precision!r} is neither float32 nor bfloat16")
         if min(self.num_images, self.num_steps, self.images_per_shard, self.batch_size, self.num_actors) < 1:
             raise ConfigError("num_images, num_steps, images_per_shard, batch_size and num_actors must be at least 1")
+        if self.is_few_step and (self.guidance_scale != 1 or self.num_steps > 50):
+            raise ConfigError(
+                f"is_few_step=true needs guidance_scale=1, which its generators have learnt, and num_steps of at most "
+                f"50; found {self.guidance_scale:g} and {self.num_steps}"
+            )
         if not 0 <= self.jpeg_quality <= 100:
             raise ConfigError(f"jpeg_quality={self.jpeg_quality} is not within 0 to 100")
         from gretfound import matching
@@ -77,7 +85,7 @@ def main(argv: list[str]) -> str:
     from gretfound.lineage import ShardSet
 
     hub_uri = storage.normalised(config.hub_uri)
-    generators = synthesis.generators_of(hub_uri, config.generator_ids)
+    generators = synthesis.generators_of(hub_uri, config.generator_ids, is_few_step=config.is_few_step)
     settings = result_settings(config)
     recipes = {each.id: lineage.recipe_id("synthesize", settings, [each.id]) for each in generators}
     shard_sets = {each.id: storage.finished_record(hub_uri, recipes[each.id], ShardSet) for each in generators}

@@ -21,6 +21,7 @@ ROWS = [
     {"gretfound.outgoing"},
     {
         "gretfound.admission",
+        "gretfound.encoding",
         "gretfound.generator_evaluation",
         "gretfound.keyring",
         "gretfound.planning",

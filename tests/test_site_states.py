@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import pytest
+
 from gretfound import site_states, storage
 from gretfound.lineage import Generator
 from gretfound.site_states import State
@@ -73,3 +75,19 @@ def test_to_text__gives_a_long_reason_in_full_below(tmp_path: Path) -> None:
     (found,) = site_states.read(hub_uri, job="finetune_generators")
     row, below = site_states.to_text(found).splitlines()[3], site_states.to_text(found).splitlines()[-1]
     assert row.endswith("x...") and below == f"cedar: {reason}"
+
+
+def test_telling__gives_signs_of_life_while_all_sites_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_states, "HEARTBEAT_S", 0.01)
+    hub_uri = storage.normalised(str(tmp_path))
+    uri = storage.join(storage.run_uri(hub_uri, RUN), site_states.FILE_NAME)
+    with site_states.telling(hub_uri, RUN, {"finetune_generator-b": ("birch", State(state="waiting"))}):
+        time.sleep(0.05)
+        first = storage.read_json(uri)
+        time.sleep(0.1)
+        assert storage.read_json(uri)["told_at_s"] > first["told_at_s"]
+    last = storage.read_json(uri)
+    time.sleep(0.05)
+    assert storage.read_json(uri) == last
+    (found,) = site_states.read(hub_uri, job="finetune_generators")
+    assert [(line.site_id, line.state) for line in found.lines] == [("birch", "waiting")]

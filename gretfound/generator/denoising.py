@@ -16,39 +16,41 @@ _SEED_STRIDE = 1_000_003
 
 
 class EncodedCaptions(nn.Module):
-    """Captions whose embeddings stay as they are; the last one is the empty caption.
+    """Captions that come as embeddings and stay as they are; here lies the empty one alone.
 
     Args:
-        text_NLD: Embeddings, the empty caption's last.
+        empty_LD: The empty caption's embedding.
     """
 
-    def __init__(self, text_NLD: Tensor) -> None:
+    def __init__(self, empty_LD: Tensor) -> None:
         super().__init__()
-        self.text_NLD: Tensor
-        self.register_buffer("text_NLD", text_NLD, persistent=False)
+        self.empty_LD: Tensor
+        self.register_buffer("empty_LD", empty_LD, persistent=False)
 
-    def forward(self, caption_B: Tensor) -> Tensor:
-        """Returns the embeddings (B, L, D) of captions by number; -1 is the empty one."""
-        return self.text_NLD[caption_B]
+    def forward(self, caption_BLD: Tensor, is_dropped_B: Tensor) -> Tensor:
+        """Returns the embeddings (B, L, D), the empty caption's where one is dropped."""
+        return torch.where(is_dropped_B.view(-1, 1, 1), self.empty_LD.to(caption_BLD), caption_BLD)
 
 
 class TrainableCaptions(nn.Module):
-    """Captions that a text encoder embeds anew in every step, because it learns; the last one is the empty caption.
+    """Captions that a text encoder embeds anew in every step, because it learns.
 
     Args:
         text_encoder: A CLIP text encoder.
-        ids_NL: Token ids, the empty caption's last.
+        ids_NL: Token ids.
+        empty: The number of the empty caption.
     """
 
-    def __init__(self, text_encoder: nn.Module, ids_NL: Tensor) -> None:
+    def __init__(self, text_encoder: nn.Module, ids_NL: Tensor, *, empty: int) -> None:
         super().__init__()
-        self.text_encoder = text_encoder
+        self.text_encoder, self._empty = text_encoder, empty
         self.ids_NL: Tensor
         self.register_buffer("ids_NL", ids_NL, persistent=False)
 
-    def forward(self, caption_B: Tensor) -> Tensor:
-        """Returns the embeddings (B, L, D) of captions by number; -1 is the empty one."""
-        text_BLD: Tensor = self.text_encoder(self.ids_NL[caption_B]).last_hidden_state
+    def forward(self, caption_B: Tensor, is_dropped_B: Tensor) -> Tensor:
+        """Returns the embeddings (B, L, D) of captions by number, the empty caption's where one is dropped."""
+        ids_BL = self.ids_NL[torch.where(is_dropped_B, self._empty, caption_B)]
+        text_BLD: Tensor = self.text_encoder(ids_BL).last_hidden_state
         return text_BLD
 
 
@@ -88,20 +90,19 @@ class DenoisingObjective(nn.Module):
         self.alphas_T: Tensor
         self.register_buffer("alphas_T", scheduler.alphas_cumprod.clone().float(), persistent=False)
 
-    def forward(self, latents_BCHW: Tensor, caption_B: Tensor, position_B: Tensor) -> Tensor:
+    def forward(self, latents_BCHW: Tensor, caption: Tensor, position_B: Tensor) -> Tensor:
         """Returns the loss.
 
         Args:
             latents_BCHW: Scaled clean latents.
-            caption_B: Number of each image's caption.
+            caption: Of each image, as ``captions`` reads it.
             position_B: Each image's position in the run, from 0.
         """
         share_B, kept_B, noise_BCHW = draw_noise(self._seed, position_B, latents_BCHW.shape[1:])
         num_times = len(self.alphas_T)
         time_B = (share_B * num_times).long().clamp(max=num_times - 1).to(latents_BCHW.device)
         noise_BCHW = noise_BCHW.to(latents_BCHW)
-        is_dropped_B = (kept_B < self._caption_dropout).to(caption_B.device)
-        text_BLD = self.captions(torch.where(is_dropped_B, -1, caption_B))
+        text_BLD = self.captions(caption, (kept_B < self._caption_dropout).to(caption.device))
         alpha_B111 = self.alphas_T[time_B].view(-1, 1, 1, 1)
         noised_BCHW = alpha_B111.sqrt() * latents_BCHW + (1 - alpha_B111).sqrt() * noise_BCHW
         is_velocity = self._prediction == "v_prediction"

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from gretfound import storage
 from gretfound.errors import ConfigError, ContributionRejected, LineageError, StorageError
-from gretfound.generator import autoencoding
+from gretfound.generator import autoencoding, consistency
 from gretfound.generator.adapter import (
     ADAPTER_TENSORS,
     ADAPTER_TERMS,
@@ -40,6 +40,8 @@ from gretfound.lineage import Generator
 
 log = logging.getLogger(__name__)
 _COMPONENT_LIBRARIES = ("diffusers", "transformers")
+_DESCRIPTIONS = ("config.json", "model_index.json", "tokenizer_config.json")
+_WHENCE = ("_name_or_path", "is_local", "local_files_only")
 _TOKEN_START, _TOKEN_END = "<|startoftext|>", "<|endoftext|>"
 
 diffusers.utils.logging.disable_progress_bar()
@@ -217,10 +219,17 @@ def caption_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline, path: Path) -> Path:
-    """Writes a diffusers folder; one that is cut short is never seen under ``path``."""
+    """Writes a diffusers folder; one that is cut short is never seen under ``path``.
+
+    Equal pipelines give equal bytes: where a pipeline was loaded from, which the libraries note, is left out.
+    """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, safe_serialization=True)
+    for described in (each for each in partial.rglob("*.json") if each.name in _DESCRIPTIONS):
+        content = json.loads(described.read_text())
+        kept = {name: value for name, value in content.items() if name not in _WHENCE}
+        described.write_text(json.dumps(kept, indent=2) + "\n")
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     return path
@@ -381,14 +390,23 @@ def save_adapter(path: Path, *, tensors: Mapping[str, Tensor], terms: AdapterTer
     return path
 
 
-def install_adapter(base_path: Path, adapter_path: Path, out_path: Path) -> Path:
+def install_adapter(base_path: Path, adapter_path: Path, out_path: Path, *, is_few_step: bool = False) -> Path:
     """Merges an adapter into a copy of its base; the result is a plain diffusers folder.
+
+    Args:
+        base_path: The base.
+        adapter_path: The adapter.
+        out_path: The result.
+        is_few_step: Whether the adapter makes a few-step student of the base, which draws with another scheduler.
 
     Raises:
         ContributionRejected: If a tensor is missing, unexpected, of another shape, or not finite; names it.
         LineageError: If the adapter was trained from another base.
     """
-    return save_pipeline(load_pipeline(base_path, adapter_path=adapter_path), out_path)
+    merged = load_pipeline(base_path, adapter_path=adapter_path)
+    if is_few_step:
+        merged.register_modules(scheduler=consistency.few_step_scheduler(merged.scheduler))
+    return save_pipeline(merged, out_path)
 
 
 def _merge_adapter(unet: UNet2DConditionModel, adapter_path: Path, *, base_sha256: str) -> None:

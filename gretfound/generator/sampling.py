@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from gretfound.generator.pipeline import caption_ids
 
 Pixels = npt.NDArray[np.uint8]
+_SEED_STRIDE = 1_000_003  # the noise between few steps is not that of the first latents
 
 
 def draw_photographs(
@@ -28,31 +29,42 @@ def draw_photographs(
 ) -> Iterator[Pixels]:
     """Draws one photograph for each caption and seed, in order.
 
+    A few-step generator (`gretfound.generator.consistency`) is told by its scheduler: it jumps to the end and back to a
+    smaller noise ``num_steps`` times. Of 50 steps of its teacher's path it visits some, so at most 50 can be asked for.
+
     Source: DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2); classifier-free guidance (Ho and Salimans
-    2022, eq. 6).
+    2022, eq. 6); few steps: Luo et al. 2023 (arXiv:2310.04378), algorithm 3.
 
     Args:
         pipeline: The generator; it is not changed.
         captions: What to draw.
         seeds: The seed of each one's first latents.
         num_steps: Steps of the solver.
-        guidance_scale: Weight of the caption; 1 is no guidance and half the work.
+        guidance_scale: Weight of the caption; 1 is no guidance and half the work. A few-step generator has learnt its
+            own: for it, 1 is required.
         batch_size: Photographs drawn together.
 
     Yields:
         RGB photographs of shape (H, W, 3), uint8.
 
     Raises:
-        ValueError: If there are not as many seeds as captions.
+        ValueError: If there are not as many seeds as captions, or a few-step generator is given a guidance.
     """
     if len(captions) != len(seeds):
         raise ValueError(f"found {len(captions)} captions and {len(seeds)} seeds; required one seed for each caption")
-    scheduler = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config,
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        timestep_spacing="trailing",
-        steps_offset=0,
+    is_few_step = isinstance(pipeline.scheduler, LCMScheduler)
+    if is_few_step and guidance_scale != 1:
+        raise ValueError(f"found guidance_scale={guidance_scale} for a few-step generator; required 1: it has its own")
+    scheduler = (
+        LCMScheduler.from_config(pipeline.scheduler.config)
+        if is_few_step
+        else DPMSolverMultistepScheduler.from_config(
+            pipeline.scheduler.config,
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            timestep_spacing="trailing",
+            steps_offset=0,
+        )
     )
     sampler = StableDiffusionPipeline(**{**pipeline.components, "scheduler": scheduler}, requires_safety_checker=False)
     sampler.set_progress_bar_config(disable=True)
@@ -72,6 +84,7 @@ def _draw_batch(
         prompt_embeds=text_BLD[:-1],
         negative_prompt_embeds=text_BLD[-1:].expand(len(captions), -1, -1),
         latents=first_latents(sampler, seeds),
+        generator=[torch.Generator().manual_seed((seed * _SEED_STRIDE + 1) % 2**63) for seed in seeds],
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
         output_type="np",

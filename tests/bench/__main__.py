@@ -6,7 +6,7 @@ import sys
 
 from jobs.console import KEEPS_PAGES
 
-BENCHMARKS = ("corpus", "deidentify", "ingest", "plan", "pretrain", "seal")
+BENCHMARKS = ("corpus", "deidentify", "generators", "ingest", "plan", "pretrain", "seal")
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or BENCHMARKS:

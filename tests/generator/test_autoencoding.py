@@ -8,7 +8,7 @@ from diffusers import AutoencoderTiny
 from sklearn.decomposition import PCA
 
 from gretfound import phantom
-from gretfound.generator import autoencoding, finetune
+from gretfound.generator import autoencoding, squares
 
 SIZE_PX = 32
 NUM_FITTED = 32
@@ -17,7 +17,7 @@ NUM_FITTED = 32
 @pytest.fixture(scope="module")
 def photographs() -> torch.Tensor:
     site = phantom.SITES["public"]
-    return finetune.as_tensor([phantom.draw_eye(site, seed=seed, size_px=SIZE_PX).image for seed in range(48)])
+    return squares.as_tensor([phantom.draw_eye(site, seed=seed, size_px=SIZE_PX).image for seed in range(48)])
 
 
 @pytest.fixture(scope="module")

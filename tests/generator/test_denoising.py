@@ -1,11 +1,18 @@
 """The denoising objective against diffusers' schedulers and closed forms."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from gretfound.generator.denoising import DenoisingObjective, EncodedCaptions, draw_noise
+from gretfound.generator.denoising import DenoisingObjective, EncodedCaptions, TrainableCaptions, draw_noise
+
+
+def _text(*values: int) -> Tensor:
+    """Returns embeddings (B, 2, 4) that hold one value each; the empty caption's holds 2."""
+    return torch.tensor(values).float().view(-1, 1, 1).expand(-1, 2, 4)
 
 
 class _Recorder(nn.Module):
@@ -22,7 +29,7 @@ class _Recorder(nn.Module):
 
 def _objective(prediction: str = "epsilon", **settings: float | None) -> DenoisingObjective:
     scheduler = DDPMScheduler(num_train_timesteps=50, prediction_type=prediction)
-    captions = EncodedCaptions(torch.arange(3.0).view(3, 1, 1).expand(3, 2, 4).clone())
+    captions = EncodedCaptions(torch.full((2, 4), 2.0))
     return DenoisingObjective(unet=_Recorder(), scheduler=scheduler, captions=captions, seed=7, **settings)
 
 
@@ -31,7 +38,7 @@ def test_denoising__noises_and_aims_as_diffusers_does(prediction: str) -> None:
     objective = _objective(prediction, caption_dropout=0.0)
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(20, 25)
-    loss = objective(latents, torch.tensor([0, 1, 0, 1, 0]), positions)
+    loss = objective(latents, _text(0, 1, 0, 1, 0), positions)
     _, _, noise = draw_noise(7, positions, (4, 8, 8))
     unet, scheduler = objective.unet, DDPMScheduler(num_train_timesteps=50)
     torch.testing.assert_close(unet.noised, scheduler.add_noise(latents, noise, unet.time))
@@ -43,7 +50,7 @@ def test_denoising__noises_and_aims_as_diffusers_does(prediction: str) -> None:
 def test_denoising__does_not_depend_on_the_batch_size() -> None:
     objective = _objective()
     latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    captions, positions = torch.tensor([0, 1, 0, 1, 0, 1]), torch.arange(6)
+    captions, positions = _text(0, 1, 0, 1, 0, 1), torch.arange(6)
     whole = objective(latents, captions, positions)
     halves = [objective(latents[half], captions[half], positions[half]) for half in (slice(0, 3), slice(3, 6))]
     torch.testing.assert_close(whole, torch.stack(halves).mean())
@@ -52,7 +59,7 @@ def test_denoising__does_not_depend_on_the_batch_size() -> None:
 def test_denoising__drops_captions_at_the_rate_that_was_asked_for() -> None:
     objective = _objective(caption_dropout=0.25)
     positions = torch.arange(2000)
-    objective(torch.zeros(2000, 1, 1, 1), torch.zeros(2000, dtype=torch.long), positions)
+    objective(torch.zeros(2000, 1, 1, 1), _text(0).expand(2000, -1, -1), positions)
     dropped = float((objective.unet.text[:, 0, 0] == 2).float().mean())
     assert dropped == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 2000) ** 0.5)
 
@@ -60,7 +67,7 @@ def test_denoising__drops_captions_at_the_rate_that_was_asked_for() -> None:
 def test_denoising__min_snr_weighs_as_the_paper_says() -> None:
     latents, positions = torch.zeros(1, 4, 8, 8), torch.tensor([3])
     plain, weighed = _objective(caption_dropout=0.0), _objective(caption_dropout=0.0, min_snr_gamma=5.0)
-    loss, weighed_loss = (each(latents, torch.tensor([0]), positions) for each in (plain, weighed))
+    loss, weighed_loss = (each(latents, _text(0), positions) for each in (plain, weighed))
     alpha = DDPMScheduler(num_train_timesteps=50).alphas_cumprod[plain.unet.time]
     snr = alpha / (1 - alpha)
     torch.testing.assert_close(weighed_loss, loss * (torch.minimum(snr, torch.tensor(5.0)) / snr).squeeze())
@@ -74,3 +81,17 @@ def test_draw_noise__times_cover_the_axis_evenly() -> None:
     assert float(uniform.mean()) == pytest.approx(0.5, abs=0.04)
     assert float(noise.std()) == pytest.approx(1, abs=0.04)
     assert torch.equal(noise[5], draw_noise(0, torch.tensor([5]), (2, 2))[2][0])
+
+
+def test_trainable_captions__drop_to_the_empty_one() -> None:
+    ids = torch.tensor([[5, 6], [7, 8], [0, 1]])
+    captions = TrainableCaptions(_Embedder(), ids, empty=1)
+    text = captions(torch.tensor([0, 2, 2]), torch.tensor([False, True, False]))
+    assert text[..., 0].tolist() == [[5, 6], [7, 8], [0, 1]]
+
+
+class _Embedder(nn.Module):
+    """Embeds a token as its own number."""
+
+    def forward(self, ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=ids.unsqueeze(-1))

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import LCMScheduler
 from safetensors.torch import load_file
 
-from gretfound import fundus, shard
+from gretfound import shard, storage
 from gretfound.checkpoints import LocalCheckpoints
-from gretfound.errors import ConfigError
-from gretfound.generator import adapter, finetune, pipeline
+from gretfound.generator import adapter, finetune, latents, pipeline, sampling
 from tests.tiny_generator import rows_of, write_base
 
 SETTINGS: dict[str, Any] = {"num_images_seen": 24, "batch_size": 4, "learning_rate": 1e-2, "lora_rank": 2, "seed": 3}
@@ -76,6 +76,7 @@ def test_finetune_locally__a_held_out_photograph_leaves_no_trace(site: tuple[Pat
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
     assert any(not torch.equal(weights[name], tensor) for name, tensor in others.items())
     assert adapter.read_terms(found).num_images == 5
+    assert len(list((tmp_path / "latents").iterdir())) == 2  # one a shard, whatever is left out
     assert list(finetune.read_patients([shard_path])) == [(row["image_id"], row["patient"]) for row in rows]
 
 
@@ -95,27 +96,40 @@ def test_finetune_locally__full_method_lowers_the_loss(site: tuple[Path, Path], 
     assert all(torch.equal(merged[name], tensor) for name, tensor in trained.items())
 
 
-def test_squares_of__unreadable_ones_are_left_out_and_mirrored_eyes_change_sides() -> None:
-    image = np.zeros((40, 40, 3), np.uint8)
-    good = (fundus.encode_png(image), {"eye": "right", "age": 60.0})
-    squares = list(finetune.squares_of([good, (b"no photograph", {}), good], resolution_px=16))
-    assert [square.pixels.shape for square in squares] == [(16, 16, 3)] * 2
-    assert "right eye" in squares[0].caption
-    assert squares[0].mirrored_caption == squares[0].caption.replace("right eye", "left eye")
-    with pytest.raises(ConfigError, match="no readable photograph"):
-        list(finetune.squares_of([(b"no photograph", {})], resolution_px=16))
+def test_finetune_locally__reads_latents_that_were_encoded_before(site: tuple[Path, Path], tmp_path: Path) -> None:
+    base_path, shard_path = site
+    expected = finetune.finetune_locally(
+        base_path=base_path, shard_path=shard_path, work_path=tmp_path / "a", **SETTINGS
+    )
+    found = finetune.finetune_locally(
+        base_path=base_path, latents_path=tmp_path / "a" / "latents", work_path=tmp_path / "b", **SETTINGS
+    )
+    assert storage.sha256_of(found / adapter.ADAPTER_TENSORS) == storage.sha256_of(expected / adapter.ADAPTER_TENSORS)
+    with pytest.raises(ValueError, match="required one of them"):
+        finetune.finetune_locally(base_path=base_path, work_path=tmp_path, **SETTINGS)
 
 
-def test_latent_batches__every_epoch_is_a_permutation_and_any_start_agrees() -> None:
-    photographs = finetune.EncodedPhotographs(
-        latents=torch.arange(2 * 5.0).view(2, 5, 1, 1, 1), caption_numbers=torch.zeros(2, 5, dtype=torch.long),
-        captions=("a",),
+def test_finetune_locally__makes_a_few_step_student(site: tuple[Path, Path], tmp_path: Path) -> None:
+    base_path, shard_path = site
+    adapter_path = finetune.finetune_locally(
+        base_path=base_path, shard_path=shard_path, work_path=tmp_path, objective="consistency", method="full",
+        num_images_seen=160, batch_size=8, learning_rate=1e-2, average_decay=0.9,
     )  # fmt: skip
-    stream = finetune.latent_batches(photographs, batch_size=5, seed=1)
-    batches = [batch for batch, _ in zip(stream(0), range(4), strict=False)]
-    for batch in batches:
-        assert sorted((batch["latents_BCHW"].flatten() % 5).tolist()) == [0, 1, 2, 3, 4]
-    later = next(stream(10))
-    assert all(torch.equal(later[name], batches[2][name]) for name in later)
-    views = torch.cat([batch["latents_BCHW"].flatten() >= 5 for batch in batches])
-    assert 0 < int(views.sum()) < 20
+    student_path = pipeline.install_adapter(base_path, adapter_path, tmp_path / "student", is_few_step=True)
+    student = pipeline.load_pipeline(student_path)
+    assert isinstance(student.scheduler, LCMScheduler)
+    captions = ["colour fundus photograph", "colour fundus photograph, right eye"] * 3
+    drawn = {
+        size: np.stack(
+            list(sampling.draw_photographs(
+                pipeline=student, captions=captions, seeds=range(6), num_steps=3, guidance_scale=1.0, batch_size=size
+            ))
+        )
+        for size in (1, 4)
+    }  # fmt: skip
+    assert np.abs(drawn[1].astype(int) - drawn[4].astype(int)).max() <= 1
+    assert np.abs(drawn[1][0].astype(int) - drawn[1][2].astype(int)).max() > 1
+    with pytest.raises(ValueError, match="few-step"):
+        list(sampling.draw_photographs(pipeline=student, captions=captions, seeds=range(6)))
+    # Its encoders are its teacher's, so that latents that are encoded already are found.
+    assert latents.encoding_files(student_path) == latents.encoding_files(base_path)

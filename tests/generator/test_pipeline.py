@@ -137,3 +137,10 @@ def test_fetch_base__record_folder_and_bucket(base_path: Path, tmp_path: Path, s
     )
     with pytest.raises(StorageError, match=r"model_index\.json"):
         pipeline.fetch_base(str(tmp_path), hub_uri=None, folder_path=tmp_path / "d")
+
+
+def test_save_pipeline__a_pipeline_that_was_loaded_is_written_as_it_was(base_path: Path, tmp_path: Path) -> None:
+    again = pipeline.save_pipeline(pipeline.load_pipeline(base_path), tmp_path / "again")
+    found, expected = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+                       for root in (again, base_path))  # fmt: skip
+    assert found == expected

@@ -1,0 +1,56 @@
+"""Encoding: caches at the hub are complete or absent, and a damaged shard is its own site's fault alone."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gretfound import encoding, storage
+from gretfound.encoding import Encoder
+from gretfound.errors import StorageError
+from gretfound.generator import latents
+from tests.tiny_generator import RESOLUTION_PX, publish_base, publish_site, write_base
+
+
+def rows_of(parts: list[encoding.Part]) -> dict[str, Any]:
+    """Returns parts as Ray Data gives them to an actor."""
+    return {name: np.array([asdict(part)[name] for part in parts]) for name in encoding.Part.__dataclass_fields__}
+
+
+def test_encoder__a_damaged_shard_is_told_of_and_nothing_is_encoded_twice(tmp_path: Path) -> None:
+    hub_uri = storage.normalised(str(tmp_path / "hub"))
+    base = publish_base(hub_uri, write_base(tmp_path / "base"))
+    shard_sets = [publish_site(hub_uri, tmp_path / name, num_images=3, site_id=name)[1] for name in ("aster", "birch")]
+    aster, birch = [encoding.parts_of(each, base=base, resolution_px=None)[0] for each in shard_sets]
+    damaged = tmp_path / "hub" / birch.shard_path
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    told = Encoder(hub_uri=hub_uri, device="cpu")(rows_of([birch, aster]))
+    assert told["site_id"] == ["birch", "aster"]
+    assert told["num_images"] == [3, 3]
+    assert "SHA-256" in told["fault"][0]
+    assert told["fault"][1] == ""
+    cache = tmp_path / "hub" / "latents" / "aster" / aster.key(base)
+    assert sorted(path.name for path in cache.iterdir()) == sorted(encoding.FILES)
+    written = (cache / latents.LATENTS_NAME).stat().st_mtime_ns
+    assert Encoder(hub_uri=hub_uri, device="cpu")(rows_of([aster]))["fault"] == [""]
+    assert (cache / latents.LATENTS_NAME).stat().st_mtime_ns == written
+    # What is there needs no actor and no Ray; what is missing is not guessed.
+    seen: list[int] = []
+    settings: dict[str, Any] = {"num_actors": 1, "cpus_per_actor": 1.0, "gpus_per_actor": 0.0}
+    assert encoding.encode(hub_uri, [aster], bases={base.id: base}, on_progress=seen.append, **settings) == {}
+    assert seen == [3]
+    fetched = encoding.fetch(hub_uri, [aster], tmp_path / "fetched", base=base)
+    assert latents.lay_out(sorted(fetched.iterdir()), tmp_path / "rows").num_images == 3
+    with pytest.raises(StorageError, match="does not exist"):
+        encoding.fetch(hub_uri, [birch], tmp_path / "fetched", base=base)
+
+
+def test_parts_of__another_size_is_another_cache(tmp_path: Path) -> None:
+    hub_uri = storage.normalised(str(tmp_path / "hub"))
+    base = publish_base(hub_uri, write_base(tmp_path / "base"))
+    _, shard_set = publish_site(hub_uri, tmp_path / "aster", num_images=2)
+    native, larger = (encoding.parts_of(shard_set, base=base, resolution_px=side)[0] for side in (None, 64))
+    assert (native.resolution_px, larger.resolution_px) == (RESOLUTION_PX, 64)
+    assert native.key(base) != larger.key(base)
