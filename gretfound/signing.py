@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
+from gretfound import files
 from gretfound.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -210,13 +210,8 @@ def write_secret(path: Path, content: bytes) -> None:
     Raises:
         ConfigError: If there is a file already: a secret is never replaced.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise ConfigError(f"there is a file {path} already; move it away first, nothing was changed") from None
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(content)
+    if not files.create(path, content, mode=0o600):
+        raise ConfigError(f"there is a file {path} already; move it away first, nothing was changed")
 
 
 def read_secret(path: Path) -> bytes:

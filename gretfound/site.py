@@ -29,12 +29,14 @@ from gretfound import (
     deidentify,
     disclosure,
     examination,
+    files,
     fundus,
     keyring,
     lineage,
     matching,
     metadata,
     outgoing,
+    receipt,
     roster,
     sealing,
     shard,
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 
 EXIT_FIT, EXIT_NOT_FIT, EXIT_USAGE = 0, 1, 2
 KEY_BYTES = 32
-MEASUREMENTS = ("hba1c", "sbp", "field_of_view")
+_ROW_BYTES = 4096  # of a shard's row beside its image, at most
 FORM_LEAVES = {
     "weights": "the numbers that a generator learned, and counts; no photograph",
     "images": "de-identified photographs with their metadata under pseudonyms",
@@ -189,7 +191,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys_options(sign)
 
     inspect = commands.add_parser("inspect", help="what is in a draft or package, in words; verifies every byte")
-    inspect.add_argument("package", type=Path, metavar="FILE")
+    inspect.add_argument("package", type=Path, metavar="FILE", nargs="?", help="a draft, or a package")
+    inspect.add_argument("--receipt", type=Path, metavar="FILE", help="verify the hub's receipt, of FILE if given")
+    inspect.add_argument(
+        "--hub", type=Path, metavar="FILE", help="with --receipt: the hub's card; default DIR/hub.json"
+    )
     inspect.add_argument("--json", action="store_true", help="for programs")
     inspect.add_argument("--keys", type=Path, metavar="DIR", help="tell what this site's keyring remembers of it")
     inspect.add_argument("--identity", type=Path, metavar="FILE", help="at the hub: open it with this age identity")
@@ -432,19 +438,10 @@ def _default_key_path(site_id: str) -> Path:
 
 def _site_key(key_path: Path) -> bytes:
     """Reads the site's secret, or makes it, readable by its owner alone."""
-    key_path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        if key_path.stat().st_mode & 0o077:
-            raise ConfigError(f"{key_path} can be read by others; make it yours alone: chmod 600 {key_path}") from None
-        key = key_path.read_bytes()
-        if len(key) != KEY_BYTES:
-            raise ConfigError(f"{key_path} is no site key: found {len(key)} bytes, required {KEY_BYTES}") from None
-        return key
-    key = secrets.token_bytes(KEY_BYTES)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(key)
+    files.create(key_path, secrets.token_bytes(KEY_BYTES), mode=0o600)
+    key = signing.read_secret(key_path)
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"{key_path} is no site key: found {len(key)} bytes, required {KEY_BYTES}")
     return key
 
 
@@ -453,20 +450,56 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_bytes(lineage.canonical_json(content) + b"\n")
 
 
-def _parts(num_images: int) -> list[range]:
-    """Cuts images into as few parts of whole row groups as a package may have members for."""
-    per_part = shard.IMAGES_PER_ROW_GROUP
-    while -(-num_images // per_part) > contribution.MAX_SHARDS:
-        per_part += shard.IMAGES_PER_ROW_GROUP
-    return [range(start, min(start + per_part, num_images)) for start in range(0, num_images, per_part)]
+def _parts(sizes_bytes: Sequence[int]) -> list[range]:
+    """Cuts images into parts, few enough for a package and none too large for it.
+
+    Half of the parts that may be are for cuts by number, half for cuts by size: of the latter each has more than a
+    share of all bytes, so the two together are never too many.
+
+    Raises:
+        ConfigError: If all together are more than a package may hold.
+    """
+    total_bytes, max_shards = sum(sizes_bytes) + _ROW_BYTES * len(sizes_bytes), contribution.MAX_SHARDS // 2
+    if total_bytes > sealing.MAX_TOTAL_BYTES:
+        raise ConfigError(
+            f"found about {total_bytes / 2**30:,.0f} GiB of photographs; a package may hold "
+            f"{sealing.MAX_TOTAL_BYTES >> 30}: store them smaller with --jpeg-quality 95, or contribute in parts"
+        )
+    per_part = shard.IMAGES_PER_ROW_GROUP * max(1, -(-len(sizes_bytes) // (max_shards * shard.IMAGES_PER_ROW_GROUP)))
+    max_bytes = min(contribution.MAX_SHARD_BYTES, total_bytes // max_shards + max(sizes_bytes, default=0) + _ROW_BYTES)
+    parts, start, held_bytes = [], 0, 0
+    for index, size_bytes in enumerate(sizes_bytes):
+        held_bytes += size_bytes + _ROW_BYTES
+        if index - start == per_part or held_bytes > max_bytes:
+            parts.append(range(start, index))
+            start, held_bytes = index, size_bytes + _ROW_BYTES
+    return [*parts, range(start, len(sizes_bytes))]
 
 
 def _write_parts(
-    num_images: int, shards_path: Path, work_path: Path, rows_of: Callable[[range], Iterator[dict[str, Any]]]
+    sizes_bytes: Sequence[int],
+    shards_path: Path,
+    work_path: Path,
+    rows_of: Callable[[range], Iterator[dict[str, Any]]],
+    *,
+    content: Any,
 ) -> None:
-    """Writes one shard file a part; a part that an earlier run finished is kept."""
+    """Writes one shard file a part; what an earlier run finished of the same content is kept.
+
+    Args:
+        sizes_bytes: About how large each image is.
+        shards_path: The folder for the parts.
+        work_path: The folder of the work in progress.
+        rows_of: Gives the rows of a part.
+        content: Everything that decides the rows, JSON-able.
+    """
+    digest = lineage.digest_of(content).encode()
+    made_of_path = work_path / f"{shards_path.name}.made_of"
+    if not made_of_path.is_file() or made_of_path.read_bytes() != digest:
+        shutil.rmtree(shards_path, ignore_errors=True)
+        files.write(made_of_path, digest)
     shards_path.mkdir(parents=True, exist_ok=True)
-    for index, part in enumerate(_parts(num_images)):
+    for index, part in enumerate(_parts(sizes_bytes)):
         part_path = shards_path / f"part-{index:05d}.parquet"
         if not part_path.exists():
             partial = work_path / "part.partial"
@@ -511,8 +544,7 @@ def _write_account(path: Path, made: disclosure.Release, rules: disclosure.Polic
 def _write_private(path: Path, text: str) -> None:
     """Writes what stays at the site, readable by its owner alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.unlink(missing_ok=True)
-    signing.write_secret(path, text.encode())
+    files.write(path, text.encode(), mode=0o600)
 
 
 def _deidentified(
@@ -552,7 +584,7 @@ def _sent_cells(told: dict[str, Any], cells: dict[str, Any], visit: str, key: by
     ``visit`` is the pseudonym of a DICOM study, or blank. Free text that few patients share, visits as the site writes
     them and exact ages do not leave.
     """
-    measured = {name: cells[name] for name in MEASUREMENTS if name in cells}
+    measured = {name: cells[name] for name in metadata.MEASUREMENTS if name in cells}
     person = {"patient": deidentify.pseudonym(key, cells["patient"])} if "patient" in cells else {}
     study = {"visit": visit} if visit else {}
     return told | measured | person | study
@@ -567,7 +599,13 @@ def _write_real_shards(tasks: Sequence[_Task], shards_path: Path, work_path: Pat
                 bar.update()
                 yield row
 
-        _write_parts(len(tasks), shards_path, work_path, rows_of)
+        _write_parts(
+            [task.path.stat().st_size for task in tasks],
+            shards_path,
+            work_path,
+            rows_of,
+            content=[[task.path.name, task.cells, task.facts] for task in tasks],
+        )
         bar.update(len(tasks) - bar.n)  # parts that an earlier run finished
 
 
@@ -645,7 +683,7 @@ def _draw_shards(
     adapter_path: Path,
 ) -> None:
     """Draws photographs whose captions follow the released summary, never a patient's own row."""
-    from gretfound.generator import adapter, pipeline, sampling
+    from gretfound.generator import adapter, finetune, pipeline, sampling
 
     generator = pipeline.load_pipeline(base_path, adapter_path=adapter_path, device=recipe.device)
     generator_id = f"site-{storage.sha256_of(adapter_path / adapter.ADAPTER_TENSORS)[: lineage.ID_HEX_DIGITS]}"
@@ -676,7 +714,13 @@ def _draw_shards(
                 )
                 bar.update()
 
-        _write_parts(recipe.num_drawn, shards_path, work_path, rows_of)
+        _write_parts(
+            [3 * finetune.native_px(generator) ** 2] * recipe.num_drawn,
+            shards_path,
+            work_path,
+            rows_of,
+            content=[captions, cells, generator_id, asdict(recipe)],
+        )
         bar.update(recipe.num_drawn - bar.n)
 
 
@@ -793,6 +837,11 @@ def _require_file(path: Path) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.receipt is not None:
+        print(_receipt_in_words(arguments.receipt, arguments.hub, arguments.keys, arguments.package), end="")
+        return EXIT_FIT
+    if arguments.package is None:
+        raise ConfigError("give the file to inspect, or --receipt with the hub's receipt")
     _require_file(arguments.package)
     if not sealing.is_sealed(arguments.package):
         package = sealing.read_draft(arguments.package)
@@ -808,6 +857,27 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         print(_in_words(package), end="")
     return EXIT_FIT
+
+
+def _receipt_in_words(path: Path, hub_path: Path | None, keys_path: Path | None, package_path: Path | None) -> str:
+    """Verifies a receipt with the hub's card, and that it is of a package, if there is one."""
+    if hub_path is None and keys_path is None:
+        raise ConfigError("give --keys with the site's keys, or --hub with the hub's card, to verify a receipt with")
+    card, _ = keyring.read_hub_card(hub_path or keyring.Keyring(folder_path=keys_path or Path(), site_id="").hub_path)
+    for each in filter(None, (path, package_path)):
+        _require_file(each)
+    found = receipt.read(path.read_bytes(), receipt_key=card.receipt_key)
+    if package_path is not None and storage.sha256_of(package_path) != found.package_sha256:
+        raise ConfigError(f"{path} is the receipt of another package, {found.package_sha256}")
+    lines = [
+        f"Receipt   {path}; signed by the key on the hub's card",
+        f"Package   {found.package_sha256}",
+        f"Verdict   {found.verdict.lower()}{''.join(f', {code}' for code in found.codes)}",
+        *([f"Reason    {found.message}"] if found.message else []),
+        *([f"At the hub it is {found.contribution_id}"] if found.contribution_id else []),
+        f"Entry     {found.ledger.index} of the hub's ledger, {found.ledger.sha256}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _in_words(package: Package) -> str:

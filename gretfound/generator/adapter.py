@@ -64,7 +64,6 @@ class AdapterTerms:
     target_modules: tuple[str, ...]
     base_sha256: str
     resolution_px: int
-    num_images: int
     images_seen: int
     final_loss: float
 
@@ -130,7 +129,7 @@ def read_terms(path: Path) -> AdapterTerms:
         raise ContributionRejected(
             "ADAPTER_TERMS", f"{ADAPTER_TERMS} is not readable: {type(error).__name__}"
         ) from error
-    counts = (terms.rank, terms.resolution_px, terms.num_images, terms.images_seen)
+    counts = (terms.rank, terms.resolution_px, terms.images_seen)
     measures = (terms.alpha, terms.final_loss)
     if (
         terms.method not in ("lora", "full")
