@@ -389,7 +389,7 @@ def test_main__quarantines_what_a_suspended_site_sends(hub: Hub, hub_uri: str, t
     assert (_records(hub_uri), _events(hub_uri)) == ([], [("quarantined", "SITE_SUSPENDED")])
 
 
-def _admit(hub: Hub, path: Path, *, policy: str = "demonstration", **limits: Any) -> admission.Outcome:
+def _admit(hub: Hub, path: Path | str, *, policy: str = "demonstration", **limits: Any) -> admission.Outcome:
     return admission.admit(
         hub.uri,
         str(path),
@@ -676,7 +676,7 @@ def test_admit__keeps_no_hidden_bytes_of_a_shard(hub: Hub, tmp_path: Path) -> No
     assert b"MRN 12345" not in storage.read_bytes(storage.join(hub.uri, part.path))
 
 
-def _through_faults(hub: Hub, path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> admission.Outcome:
+def _through_faults(hub: Hub, path: Path | str, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> admission.Outcome:
     monkeypatch.setattr(storage, "UPLOAD_PAUSE_S", 0.01)
     with faulty_s3.serve(os.environ["AWS_ENDPOINT_URL"], faults) as endpoint, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
@@ -709,6 +709,20 @@ def test_admit__gives_one_verdict_through_a_faulty_bucket(
     assert _events(hub.uri) == [("accepted", "")] and len(_records(hub.uri)) == 3
     assert _admit(hub, path) == outcome
     assert not [uri for uri in storage.list_uris(hub.uri) if "partial" in uri]
+
+
+@pytest.mark.slow
+def test_admit__reads_through_a_bucket_that_is_slow_to_answer(
+    s3_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = _s3_hub(storage.join(s3_hub, "slow-to-read"), tmp_path)
+    path = _image_package(tmp_path / "package.age", num_images=2, first_seed=90)
+    uri = storage.join(hub.uri, "inbox", "package.age")
+    storage.upload_file(path, uri)
+    faults = Faults(kinds=("slow down", "slow down"), within="package.age", method="GET")
+    outcome = _through_faults(hub, uri, faults, monkeypatch)
+    assert faults.made["slow down"] == 2
+    assert (outcome.verdict, outcome.package_sha256) == ("ADMITTED", storage.sha256_of(path))
 
 
 def _mixed_packages(hub: Hub, folder_path: Path, base_path: Path, *, num: int) -> dict[Path, str]:
