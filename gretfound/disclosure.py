@@ -738,7 +738,7 @@ def describe_for_hub(summary: MetadataSummary, *, policy: Policy) -> dict[str, A
         "schema": REPORT_SCHEMA,
         "policy": asdict(policy),
         "num_counts_told": len(attacker.told_cells(summary)),
-        "suppressed": [list(cell) for cell, count in attacker.listed_cells(summary) if count is None],
+        "suppressed": sorted((list(cell) for cell, count in attacker.listed_cells(summary) if count is None), key=str),
         "columns_not_told": sorted(set(policy.tables) - set(summary.counts)),
         "why": f"fewer than {summary.min_patients} patients (none included), or withheld to protect such a count",
     }

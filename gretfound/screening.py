@@ -178,8 +178,8 @@ def _require_told(cells: Mapping[str, Any], summary: MetadataSummary) -> None:
     """Requires each value to have a told count, an age to be the middle of its band, and no other column."""
     _require_cell(set(cells) <= {*metadata.SUMMARY_KEYS, "age"} and 0 <= cells.get("age", 0) <= 120)
     texts = metadata.summary_texts(cells)
-    if "dr" in cells and texts.get("dr_present") == ("yes" if cells["dr"] > 0 else "no"):
-        del texts["dr_present"]  # the grade says it already
+    if "dr" in cells:  # the grade says it already
+        _require_cell(texts.pop("dr_present", None) in (None, "yes" if cells["dr"] > 0 else "no"))
     _require_cell(all(summary.counts.get(key, {}).get(text) is not None for key, text in texts.items()))
     _require_cell("age" not in cells or metadata.cells_told(cells, {"age_band"})["age"] == cells["age"])
 
