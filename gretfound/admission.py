@@ -354,7 +354,7 @@ def _open(case: _Case) -> Opened:
         "today": datetime.now(UTC).date().isoformat(),
     }
     reply = _confined(case, request, folder_name="work", readable_paths=[tar_path])
-    tar_path.unlink()
+    tar_path.unlink(missing_ok=True)
     for line in reply.reports:
         if line.get("state") in SCREENED_STATES:
             case.history.add(line["state"])

@@ -61,7 +61,7 @@ class _Envelope(Document):
 
 
 def canonical_json(content: Any) -> bytes:
-    """Returns the one JSON text of ``content``. Source: RFC 8785."""
+    """Returns the one JSON text of a content that is signed. Source: RFC 8785."""
     return rfc8785.dumps(content)
 
 
@@ -69,13 +69,13 @@ def parse_json(content: bytes) -> Any:
     """Reads JSON strictly.
 
     Raises:
-        UnreadableDocument: ``BAD_JSON`` if it is not JSON in UTF-8, names a key twice, or a number is not finite.
+        UnreadableDocument: ``BAD_JSON`` if it is not JSON in UTF-8 or a number is not finite, ``KEY_TWICE``.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise UnreadableDocument("BAD_JSON", "a key stands twice in one object")
+            raise UnreadableDocument("KEY_TWICE", "a key stands twice in one object")
         return found
 
     def finite(text: str) -> float:
@@ -100,7 +100,7 @@ def parse_document(content: bytes, expected: type[DocumentT]) -> DocumentT:
         expected: The kind. Its field ``schema_version``, if it has one, is a literal of the one version that is read.
 
     Raises:
-        UnreadableDocument: ``BAD_JSON`` as `parse_json`, ``UNKNOWN_VERSION``, ``BAD_FIELD`` naming each known field
+        UnreadableDocument: As `parse_json`; ``UNKNOWN_VERSION``, ``BAD_FIELD`` naming each known field
             that is wrong, or ``NOT_CANONICAL``.
     """
     found = parse_json(content)

@@ -78,7 +78,7 @@ def test_parse_document__refuses_other_fields_and_types(changes: dict[str, Any],
 def test_parse_json__refuses_what_readers_understand_differently(content: bytes) -> None:
     with pytest.raises(UnreadableDocument) as caught:
         signing.parse_json(content)
-    assert caught.value.code == "BAD_JSON"
+    assert caught.value.code == ("KEY_TWICE" if content.count(b'"a"') == 2 else "BAD_JSON")
 
 
 def test_parse_document__names_no_unknown_field_and_no_value() -> None:
