@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 EXIT_FIT, EXIT_NOT_FIT, EXIT_USAGE = 0, 1, 2
 KEY_BYTES = 32
 _ROW_BYTES = 4096  # of a shard's row beside its image, at most
+_PART_BYTES = 512 * 2**20
 FORM_LEAVES = {
     "weights": "the numbers that a generator learned, and counts; no photograph",
     "images": "de-identified photographs with their metadata under pseudonyms",
@@ -453,20 +454,21 @@ def _write_json(path: Path, content: Any) -> None:
 def _parts(sizes_bytes: Sequence[int]) -> list[range]:
     """Cuts images into parts, few enough for a package and none too large for it.
 
-    Half of the parts that may be are for cuts by number, half for cuts by size: of the latter each has more than a
-    share of all bytes, so the two together are never too many.
+    A third of the parts that may be are for cuts by number, the others for cuts by size: a part that ends for its size
+    has its share of all bytes, so the two together are never too many.
 
     Raises:
         ConfigError: If all together are more than a package may hold.
     """
-    total_bytes, max_shards = sum(sizes_bytes) + _ROW_BYTES * len(sizes_bytes), contribution.MAX_SHARDS // 2
+    total_bytes, max_cuts = sum(sizes_bytes) + _ROW_BYTES * len(sizes_bytes), contribution.MAX_SHARDS // 3
     if total_bytes > sealing.MAX_TOTAL_BYTES:
         raise ConfigError(
             f"found about {total_bytes / 2**30:,.0f} GiB of photographs; a package may hold "
             f"{sealing.MAX_TOTAL_BYTES >> 30}: store them smaller with --jpeg-quality 95, or contribute in parts"
         )
-    per_part = shard.IMAGES_PER_ROW_GROUP * max(1, -(-len(sizes_bytes) // (max_shards * shard.IMAGES_PER_ROW_GROUP)))
-    max_bytes = min(contribution.MAX_SHARD_BYTES, total_bytes // max_shards + max(sizes_bytes, default=0) + _ROW_BYTES)
+    per_part = shard.IMAGES_PER_ROW_GROUP * max(1, -(-len(sizes_bytes) // (max_cuts * shard.IMAGES_PER_ROW_GROUP)))
+    share_bytes = total_bytes // (2 * max_cuts) + max(sizes_bytes, default=0) + _ROW_BYTES
+    max_bytes = min(contribution.MAX_SHARD_BYTES, max(_PART_BYTES, share_bytes))
     parts, start, held_bytes = [], 0, 0
     for index, size_bytes in enumerate(sizes_bytes):
         held_bytes += size_bytes + _ROW_BYTES

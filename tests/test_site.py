@@ -382,6 +382,8 @@ def test_parts__are_few_enough_and_none_is_too_large(size_mib: float, num_images
     assert [index for part in parts for index in part] == list(range(num_images))
     assert len(parts) <= contribution.MAX_SHARDS
     assert max(sum(sizes[index] for index in part) for part in parts) <= contribution.MAX_SHARD_BYTES
+    if num_images <= shard.IMAGES_PER_ROW_GROUP and total_bytes < 2**28:
+        assert len(parts) == 1
 
 
 def test_write_parts__keeps_what_was_made_of_the_same_content_alone(tmp_path: Path) -> None:
