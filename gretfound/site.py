@@ -840,7 +840,12 @@ def _require_file(path: Path) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.receipt is not None:
-        print(_receipt_in_words(arguments.receipt, arguments.hub, arguments.keys, arguments.package), end="")
+        if arguments.hub is None and arguments.keys is None and arguments.package is None:
+            raise ConfigError(
+                "give --keys with the site's keys, or --hub with the hub's card, to verify a receipt with"
+            )
+        hub_path = arguments.hub or Keyring(folder_path=_keys_of(arguments), site_id="").hub_path
+        print(_receipt_in_words(arguments.receipt, hub_path, arguments.package), end="")
         return EXIT_FIT
     if arguments.package is None:
         raise ConfigError("give the file to inspect, or --receipt with the hub's receipt")
@@ -850,8 +855,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     elif arguments.identity is not None:
         package = sealing.read_sealed(arguments.package, identities=strongbox.read_identities(arguments.identity))
     else:
-        site_id = arguments.package.name.rpartition("-")[0].rpartition("-")[0]
-        package = _remembered(arguments.keys or keyring.default_folder(site_id), arguments.package)
+        package = _remembered(_keys_of(arguments), arguments.package)
     if arguments.json:
         manifest = package.manifest.model_dump(mode="json")
         content = {"sha256": package.sha256, "size_bytes": package.size_bytes, "manifest": manifest}
@@ -861,11 +865,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return EXIT_FIT
 
 
-def _receipt_in_words(path: Path, hub_path: Path | None, keys_path: Path | None, package_path: Path | None) -> str:
+def _keys_of(arguments: argparse.Namespace) -> Path:
+    """Returns the folder of the keys that were given, or of the site that a package is named after."""
+    if arguments.keys is not None:
+        return Path(arguments.keys)
+    return keyring.default_folder(arguments.package.name.rpartition("-")[0].rpartition("-")[0])
+
+
+def _receipt_in_words(path: Path, hub_path: Path, package_path: Path | None) -> str:
     """Verifies a receipt with the hub's card, and that it is of a package, if there is one."""
-    if hub_path is None and keys_path is None:
-        raise ConfigError("give --keys with the site's keys, or --hub with the hub's card, to verify a receipt with")
-    card, _ = keyring.read_hub_card(hub_path or keyring.Keyring(folder_path=keys_path or Path(), site_id="").hub_path)
+    card, _ = keyring.read_hub_card(hub_path)
     for each in filter(None, (path, package_path)):
         _require_file(each)
     found = receipt.read(path.read_bytes(), receipt_key=card.receipt_key)
