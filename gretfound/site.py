@@ -451,21 +451,22 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_bytes(lineage.canonical_json(content) + b"\n")
 
 
+def _require_room(sizes_bytes: Sequence[int]) -> None:
+    total_bytes = sum(sizes_bytes) + _ROW_BYTES * len(sizes_bytes)
+    if total_bytes > sealing.MAX_TOTAL_BYTES:
+        raise ConfigError(
+            f"found {total_bytes / 2**30:,.0f} GiB of photographs that may leave; a package may hold "
+            f"{sealing.MAX_TOTAL_BYTES >> 30}: store them smaller with --jpeg-quality 95, or contribute in parts"
+        )
+
+
 def _parts(sizes_bytes: Sequence[int]) -> list[range]:
-    """Cuts images into parts, few enough for a package and none too large for it.
+    """Cuts images into parts: few enough for a package, if it has room for all, and none too large for it.
 
     A third of the parts that may be are for cuts by number, the others for cuts by size: a part that ends for its size
     has its share of all bytes, so the two together are never too many.
-
-    Raises:
-        ConfigError: If all together are more than a package may hold.
     """
     total_bytes, max_cuts = sum(sizes_bytes) + _ROW_BYTES * len(sizes_bytes), contribution.MAX_SHARDS // 3
-    if total_bytes > sealing.MAX_TOTAL_BYTES:
-        raise ConfigError(
-            f"found about {total_bytes / 2**30:,.0f} GiB of photographs; a package may hold "
-            f"{sealing.MAX_TOTAL_BYTES >> 30}: store them smaller with --jpeg-quality 95, or contribute in parts"
-        )
     per_part = shard.IMAGES_PER_ROW_GROUP * max(1, -(-len(sizes_bytes) // (max_cuts * shard.IMAGES_PER_ROW_GROUP)))
     share_bytes = total_bytes // (2 * max_cuts) + max(sizes_bytes, default=0) + _ROW_BYTES
     max_bytes = min(contribution.MAX_SHARD_BYTES, max(_PART_BYTES, share_bytes))
@@ -556,6 +557,7 @@ def _deidentified(
 
     Raises:
         NotFit: If too few of them may.
+        ConfigError: If they are more than a package may hold.
     """
     with _bar("de-identifying", len(found.usable)) as bar:
 
@@ -574,6 +576,7 @@ def _deidentified(
     findings = leaving.findings()
     for finding in findings:
         print(f"{finding.headline} ({'; '.join(finding.details)}). {finding.advice}", file=sys.stderr)
+    _require_room([(leaving.folder_path / outcome.file_name).stat().st_size for outcome in leaving.leaving])
     found = examination.narrowed(found, [found.usable[outcome.place] for outcome in leaving.leaving], findings)
     if not found.is_fit_for("images"):
         raise NotFit(examination.to_text(found), "images")

@@ -374,13 +374,14 @@ def test_parts__are_few_enough_and_none_is_too_large(size_mib: float, num_images
     rng = random.Random(0)
     sizes = [int(size_mib * 2**20 * rng.choice((0.1, 1, 1, 1.5))) for _ in range(num_images)]
     total_bytes = sum(sizes)
-    if total_bytes > sealing.MAX_TOTAL_BYTES:
-        with pytest.raises(ConfigError, match="a package may hold 64"):
-            site._parts(sizes)
-        return
     parts = site._parts(sizes)
     assert [index for part in parts for index in part] == list(range(num_images))
-    assert len(parts) <= contribution.MAX_SHARDS
+    if total_bytes > sealing.MAX_TOTAL_BYTES:
+        with pytest.raises(ConfigError, match="a package may hold 64"):
+            site._require_room(sizes)
+    else:
+        site._require_room(sizes)
+        assert len(parts) <= contribution.MAX_SHARDS
     assert max(sum(sizes[index] for index in part) for part in parts) <= contribution.MAX_SHARD_BYTES
     if num_images <= shard.IMAGES_PER_ROW_GROUP and total_bytes < 2**28:
         assert len(parts) == 1
