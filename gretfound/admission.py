@@ -344,23 +344,36 @@ def _open(case: _Case) -> Opened:
     if reply.code:
         raise _refusal(reply.code)
     case.history.add("DECRYPTED")
+    today, own_recipients = datetime.now(UTC).date(), strongbox.recipients_of(case.identities)
     request = {
         "task": "screen",
         "tar_path": str(tar_path),
         "into_path": str(path),
-        "own_recipients": strongbox.recipients_of(case.identities),
+        "own_recipients": own_recipients,
         "roster": case.roster.to_bytes().decode(),
         "policy": case.policy,
-        "today": datetime.now(UTC).date().isoformat(),
+        "today": today.isoformat(),
     }
     reply = _confined(case, request, folder_name="work", readable_paths=[tar_path])
     tar_path.unlink(missing_ok=True)
     for line in reply.reports:
         if line.get("state") in SCREENED_STATES:
             case.history.add(line["state"])
-    manifest = next((_parsed(line["manifest"]) for line in reply.reports if "manifest" in line), None)
-    if manifest is not None:  # it is the site's, whatever is the matter with its content: its number is taken
-        _take_number(case, manifest)
+    said = {name: str(line[name]) for line in reply.reports for name in ("signatures", "manifest") if name in line}
+    manifest = _parsed(said["manifest"]) if "manifest" in said else None
+    if manifest is not None:
+        # Whoever took the process over may have any manifest written, and no signature of another site.
+        try:
+            sealing.require_signed(
+                manifest,
+                said.get("signatures", "").encode(),
+                own_recipients=own_recipients,
+                roster=case.roster,
+                today=today,
+            )
+        except ContributionRejected as error:
+            raise _refusal("CRASHED") from error
+        _take_number(case, manifest)  # it is the site's, whatever is the matter with its content
     if reply.code:
         raise _refusal(reply.code)
     rejected = reply.reports[-1].get("rejected")
@@ -373,9 +386,9 @@ def _open(case: _Case) -> Opened:
     return Opened(path=path, manifest=manifest, rejected=rejected)
 
 
-def _parsed(text: Any) -> Manifest:
+def _parsed(text: str) -> Manifest:
     try:
-        return signing.parse_document(str(text).encode(), Manifest)
+        return signing.parse_document(text.encode(), Manifest)
     except signing.UnreadableDocument as error:
         raise _refusal("CRASHED") from error
 

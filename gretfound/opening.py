@@ -31,8 +31,8 @@ def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
         request: ``task`` is ``unseal`` (with ``package_path``, ``tar_path`` and the hub's ``identities``), ``screen``
             (with ``tar_path``, ``into_path``, the hub's ``own_recipients``, its ``roster`` as text, its ``policy`` and
             ``today``) or ``weigh`` (with ``adapter_path`` and ``base_weights_path``).
-        report: Told, by ``screen``, each ``state`` that the package has passed, and the ``manifest`` once every byte is
-            verified.
+        report: Told, by ``screen``, each ``state`` that the package has passed, with SIGNED the ``signatures``, and the
+            ``manifest`` once every byte is verified.
 
     Returns:
         For ``screen``: ``rejected``, the rows of shards that were taken out, by reason. For ``weigh``: ``measured``.
@@ -51,7 +51,7 @@ def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
                 own_recipients=request["own_recipients"],
                 roster=signing.parse_document(request["roster"].encode(), Roster),
                 today=date.fromisoformat(request["today"]),
-                on_signed=lambda: report({"state": "SIGNED"}),
+                on_signed=lambda signatures: report({"state": "SIGNED", "signatures": signatures.decode()}),
             )
             report({"manifest": manifest.to_bytes().decode()})
             return _screen(Path(request["into_path"]), manifest, request["policy"], report)

@@ -299,7 +299,7 @@ def unpack(
     own_recipients: Sequence[str],
     roster: Roster,
     today: date,
-    on_signed: Callable[[], None] = lambda: None,
+    on_signed: Callable[[bytes], None] = lambda _: None,
 ) -> Manifest:
     """Verifies what `unseal` has written, and unpacks its members.
 
@@ -314,8 +314,8 @@ def unpack(
         own_recipients: The age recipients of the hub's identities.
         roster: The hub's roster, verified.
         today: The day in UTC.
-        on_signed: Called once the manifest's signatures, keys, recipients and days are verified; only then is a member
-            written.
+        on_signed: Called with the signatures once these, the keys, recipients and days are verified; only then is a
+            member written.
 
     Raises:
         ContributionRejected: With a code of
@@ -335,7 +335,7 @@ def unpack(
     def judge(manifest: Manifest, envelope: Envelope) -> None:
         _require_signatures(manifest, envelope, may_be_draft=False)
         _require_trust(manifest, own_recipients=own_recipients, roster=roster, today=today)
-        on_signed()
+        on_signed(signing.envelope_to_bytes(envelope))
 
     with tar_path.open("rb") as stream:
         if into_path is None:
@@ -347,6 +347,25 @@ def unpack(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def require_signed(
+    manifest: Manifest, signatures: bytes, *, own_recipients: Sequence[str], roster: Roster, today: date
+) -> None:
+    """Verifies once more what `unpack` says of a package's head, where its process is not trusted.
+
+    Args:
+        manifest: The manifest that it returned.
+        signatures: What it gave ``on_signed``.
+        own_recipients: As for `unpack`.
+        roster: As for `unpack`.
+        today: As for `unpack`.
+
+    Raises:
+        ContributionRejected: With a code of `unpack` about signatures, roster or manifest.
+    """
+    _require_signatures(manifest, _read_envelope(signatures, manifest.to_bytes()), may_be_draft=False)
+    _require_trust(manifest, own_recipients=own_recipients, roster=roster, today=today)
 
 
 def read_sealed(package_path: Path, *, identities: Sequence[str]) -> Package:

@@ -19,6 +19,10 @@ def answer(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) ->
         case "reject":
             report({"passed": "FIRST"})
             raise ContributionRejected("BAD_THING", "found a bad thing")
+        case "forge":
+            for line in request["lines"]:
+                report(line)
+            return {"rejected": {}}
         case "raise":
             raise ValueError("patient Smith")
         case "memory":

@@ -148,11 +148,13 @@ def resigned(
 
 
 def test_unpack__gives_back_what_was_sealed(known: Known, tmp_path: Path) -> None:
-    seen: list[list[Path]] = []
+    seen: list[tuple[bytes, list[Path]]] = []
     manifest = known.hub.open(
-        known.package.path, tmp_path / "opened", on_signed=lambda: seen.append(list(tmp_path.iterdir()))
+        known.package.path,
+        tmp_path / "opened",
+        on_signed=lambda signatures: seen.append((signatures, list(tmp_path.iterdir()))),
     )
-    assert seen == [[]], "a member was written before it was known who signed"
+    assert seen == [(known.members[0][1], [])], "a member was written before it was known who signed"
     assert manifest == known.package.manifest
     for each in manifest.files:
         assert (tmp_path / "opened" / each.path).read_bytes() == (known.staging / each.path).read_bytes()

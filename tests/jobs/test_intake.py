@@ -654,6 +654,28 @@ def test_admit__repeats_no_word_of_the_process_that_parses(
     assert kept["message"] == reasons.WORDS["CRASHED"]
 
 
+def test_admit__believes_no_manifest_without_its_signatures(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.join(tmp_path / "birch.keys", "birch")
+    path = _image_package(tmp_path / "package.age", num_images=4)
+    original = confinement.run
+
+    def taken_over(module: str, request: dict[str, Any], **terms: Any) -> confinement.Reply:
+        reply = original(module, request, **terms)
+        if request["task"] != "screen":
+            return reply
+        signed, manifest = reply.reports[0], json.loads(reply.reports[1]["manifest"])
+        manifest["site_id"] = "birch"
+        lines = [signed, {"manifest": lineage.canonical_json(manifest).decode()}, {"state": "STRUCTURE"}]
+        return original("tests.hostile_work", {"attempt": "forge", "lines": lines}, **terms)
+
+    monkeypatch.setattr(confinement, "run", taken_over)
+    outcome = _admit(hub, path)
+    assert (outcome.verdict, outcome.code) == ("QUARANTINED", "CRASHED")
+    assert storage.list_names(storage.join(hub.uri, "sequence", "birch")) == [], "another site's number was taken"
+
+
 def _made(path: Path) -> Path:
     path.mkdir()
     return path
