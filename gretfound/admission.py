@@ -16,18 +16,35 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from gretfound import confinement, ledger, lineage, sealing, shard, signing, storage, strongbox, withdrawal
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from gretfound import (
+    confinement,
+    contribution,
+    ledger,
+    lineage,
+    reasons,
+    receipt,
+    sealing,
+    shard,
+    signing,
+    storage,
+    strongbox,
+    withdrawal,
+)
 from gretfound.confinement import Limits, Reply
 from gretfound.errors import ContributionRejected, StorageError
 from gretfound.generator import adapter
 from gretfound.generator.adapter import UNET_WEIGHTS
 from gretfound.lineage import Contribution, File, Generator, ShardSet, Site
+from gretfound.receipt import Receipt
 from gretfound.roster import Roster
 from gretfound.sealing import Manifest
 
 STATES = ("RECEIVED", "DECRYPTED", "SIGNED", "STRUCTURE", "WEIGHTS", "SUMMARY", "PRIVACY", "BEHAVIOUR")
+SCREENED_STATES = ("SIGNED", "STRUCTURE")
 VERDICTS = ("ADMITTED", "QUARANTINED", "REJECTED")
 EVENTS = {"ADMITTED": "accepted", "QUARANTINED": "quarantined", "REJECTED": "rejected"}
 # What a person has to look at: a judgement, or a fault that may be ours. All other codes reject.
@@ -37,7 +54,6 @@ QUARANTINE_CODES = (
 )
 # What the hub or time mends: the package waits, without a verdict.
 WAITING_CODES = ("PREVIOUS_MISSING", "ROSTER_EXPIRED", "UNKNOWN_SITE", "UNKNOWN_KEY")
-RECEIPT_VERSION = "gretfound-receipt/1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +168,7 @@ def admit(
     follows_lost: Sequence[str] = (),
     limits: Limits,
     cpu_s_per_mib: float,
+    max_package_bytes: int = sealing.MAX_PACKAGE_BYTES,
     is_reopened: bool = False,
 ) -> Outcome:
     """Gives one package its verdict and makes an admitted one's records; runs on a worker.
@@ -165,16 +182,25 @@ def admit(
         follows_lost: Digests of packages that may come though the one before them is lost.
         limits: Of the confined process, for an empty package.
         cpu_s_per_mib: CPU seconds more for each MiB of the package, and ten times as many of waiting.
+        max_package_bytes: Of a larger package not a byte is read.
         is_reopened: Whether a package in quarantine is examined again.
 
     Returns:
-        What became of it. There is no verdict, and the code ``PREVIOUS_MISSING``, where it came before the package that
-        it follows: it may be tried again.
+        What became of it. There is no verdict, and a code of `WAITING_CODES`, where it may be tried again, and the code
+        ``TOO_LARGE`` without a digest where it was not read.
 
     Raises:
         ConfigError: If this node cannot confine as the policy requires, or the hub's keys cannot be read.
         StorageError: If the hub or the scratch folder fails, so that there is no verdict.
     """
+    if storage.size_of(package_uri) > max_package_bytes:
+        return Outcome(
+            package_sha256="",
+            verdict="",
+            number=-1,
+            code="TOO_LARGE",
+            message=f"it has more than {max_package_bytes >> 20} MiB and was not read; remove it, or allow more",
+        )
     with storage.scratch_folder() as folder:
         package_path = Path(folder) / "package"
         storage.download_file(package_uri, package_path)
@@ -194,12 +220,8 @@ def admit(
             package_sha256=package_sha256,
             policy=policy,
             follows_lost=follows_lost,
-            keys={
-                "identities": strongbox.read_identities(keys_path / strongbox.IDENTITY_NAME),
-                "roster": roster.to_bytes().decode(),
-                "policy": policy,
-                "today": datetime.now(UTC).date().isoformat(),
-            },
+            identities=strongbox.read_identities(keys_path / strongbox.IDENTITY_NAME),
+            roster=roster,
             limits=replace(limits, cpu_s=limits.cpu_s + math.ceil(more_s), wall_s=limits.wall_s + 10 * more_s),
             history=history,
         )
@@ -235,7 +257,8 @@ class _Case:
     package_sha256: str
     policy: str
     follows_lost: Sequence[str]
-    keys: dict[str, Any] = field(repr=False)
+    identities: tuple[str, ...] = field(repr=False)
+    roster: Roster
     limits: Limits
     history: History
 
@@ -277,55 +300,97 @@ def _judge(case: _Case) -> Opened | None:
     return opened
 
 
-def _confined(case: _Case, request: dict[str, Any]) -> Reply:
-    work_path = case.folder_path / "work"
-    work_path.mkdir(exist_ok=True)
+def _confined(
+    case: _Case, request: dict[str, Any], *, folder_name: str, readable_paths: Sequence[Path], **limits: int
+) -> Reply:
+    """Has one task of `opening` done in a folder of its own.
+
+    Raises:
+        ContributionRejected: ``CRASHED`` if it leaves anything but plain files.
+    """
+    folder_path = case.folder_path / folder_name
+    folder_path.mkdir(exist_ok=True)
     reply = confinement.run(
         "gretfound.opening",
         request,
-        folder_path=work_path,
-        limits=case.limits,
-        is_namespace_required=case.policy == "standard",
+        folder_path=folder_path,
+        readable_paths=readable_paths,
+        limits=replace(case.limits, **limits),
+        is_strict=case.policy == "standard",
     )
-    for line in reply.reports:
-        if line.get("state") in STATES:
-            case.history.add(line["state"])
-    for path in work_path.rglob("*"):
+    for path in folder_path.rglob("*"):
         found = path.lstat()
         if not (stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)):
-            raise _unreadable_answer()
+            raise _refusal("CRASHED")
     return reply
 
 
-def _unreadable_answer() -> ContributionRejected:
-    return ContributionRejected("CRASHED", "opening it gave no plain answer; an operator has to look at the package")
+def _refusal(code: str) -> ContributionRejected:
+    """Puts into this hub's words what a confined process answered; a code that none should give is a crash."""
+    code = code if code in reasons.WORDS else "CRASHED"
+    return (_TooEarly if code in WAITING_CODES else ContributionRejected)(code, reasons.WORDS[code])
 
 
 def _open(case: _Case) -> Opened:
-    path = case.folder_path / "work" / "opened"
-    shutil.rmtree(path, ignore_errors=True)
-    request = {"task": "open", "package_path": str(case.folder_path / "package"), "into_path": str(path)}
-    reply = _confined(case, request | case.keys)
-    manifest = next((_parsed(line["manifest"]) for line in reply.reports if "manifest" in line), None)
-    if manifest is not None:  # it is the site's, whatever is the matter with its content: its number is taken
-        _take_number(case, manifest)
+    tar_path, path = case.folder_path / "unsealed" / "package.tar", case.folder_path / "work" / "opened"
+    for earlier in (tar_path.parent, path):
+        shutil.rmtree(earlier, ignore_errors=True)
+    package_path = case.folder_path / "package"
+    request: dict[str, Any] = {"task": "unseal", "package_path": str(package_path), "tar_path": str(tar_path)}
+    request |= {"identities": case.identities}
+    # What is decrypted is shorter than the package; the reply is a file, too.
+    file_bytes = max(confinement.MAX_REPLY_BYTES, package_path.stat().st_size)
+    reply = _confined(case, request, folder_name="unsealed", readable_paths=[package_path], file_bytes=file_bytes)
     if reply.code:
-        raise (_TooEarly if reply.code in WAITING_CODES else ContributionRejected)(reply.code, reply.message)
+        raise _refusal(reply.code)
+    case.history.add("DECRYPTED")
+    today, own_recipients = datetime.now(UTC).date(), strongbox.recipients_of(case.identities)
+    request = {
+        "task": "screen",
+        "tar_path": str(tar_path),
+        "into_path": str(path),
+        "own_recipients": own_recipients,
+        "roster": case.roster.to_bytes().decode(),
+        "policy": case.policy,
+        "today": today.isoformat(),
+    }
+    reply = _confined(case, request, folder_name="work", readable_paths=[tar_path])
+    tar_path.unlink(missing_ok=True)
+    for line in reply.reports:
+        if line.get("state") in SCREENED_STATES:
+            case.history.add(line["state"])
+    said = {name: str(line[name]) for line in reply.reports for name in ("signatures", "manifest") if name in line}
+    manifest = _parsed(said["manifest"]) if "manifest" in said else None
+    if manifest is not None:
+        # Whoever took the process over may have any manifest written, and no signature of another site.
+        try:
+            sealing.require_signed(
+                manifest,
+                said.get("signatures", "").encode(),
+                own_recipients=own_recipients,
+                roster=case.roster,
+                today=today,
+            )
+        except ContributionRejected as error:
+            raise _refusal("CRASHED") from error
+        _take_number(case, manifest)  # it is the site's, whatever is the matter with its content
+    if reply.code:
+        raise _refusal(reply.code)
     rejected = reply.reports[-1].get("rejected")
     if (
         manifest is None
         or not isinstance(rejected, dict)
-        or not all(reason.isidentifier() and type(count) is int for reason, count in rejected.items())
+        or not all(reason in contribution.TAKEN_OUT and type(count) is int for reason, count in rejected.items())
     ):
-        raise _unreadable_answer()
+        raise _refusal("CRASHED")
     return Opened(path=path, manifest=manifest, rejected=rejected)
 
 
-def _parsed(text: Any) -> Manifest:
+def _parsed(text: str) -> Manifest:
     try:
-        return signing.parse_document(str(text).encode(), Manifest)
+        return signing.parse_document(text.encode(), Manifest)
     except signing.UnreadableDocument as error:
-        raise _unreadable_answer() from error
+        raise _refusal("CRASHED") from error
 
 
 def _take_number(case: _Case, manifest: Manifest) -> None:
@@ -367,12 +432,12 @@ def _weigh(case: _Case, opened: Opened) -> adapter.Measured:
     storage.download_file(uri, base_path, sha256=base_sha256)
     adapter_path = opened.path / "weights"
     request = {"task": "weigh", "adapter_path": str(adapter_path), "base_weights_path": str(base_path)}
-    reply = _confined(case, request)
+    reply = _confined(case, request, folder_name="work", readable_paths=[base_path])
     if reply.code:
-        raise ContributionRejected(reply.code, reply.message)
+        raise _refusal(reply.code)
     found = reply.reports[-1].get("measured")
     if not isinstance(found, dict):
-        raise _unreadable_answer()
+        raise _refusal("CRASHED")
     return adapter.measured_from_json(found)
 
 
@@ -503,8 +568,8 @@ def _base_of(hub_uri: str, base_sha256: str) -> Generator:
     )
 
 
-def enter(book: ledger.Ledger, hub_uri: str, outcome: Outcome) -> None:
-    """Enters a verdict into the ledger and writes the site's receipt, each once."""
+def enter(book: ledger.Ledger, hub_uri: str, outcome: Outcome, *, receipt_key: Ed25519PrivateKey) -> None:
+    """Enters a verdict into the ledger and writes the site's receipt, signed, each once."""
     entry = book.enter(
         event=EVENTS[outcome.verdict],
         subject=outcome.contribution_id or outcome.package_sha256,
@@ -515,15 +580,13 @@ def enter(book: ledger.Ledger, hub_uri: str, outcome: Outcome) -> None:
             "number": outcome.number,
         },
     )
-    receipt = {
-        "schema_version": RECEIPT_VERSION,
-        "package_sha256": outcome.package_sha256,
-        "verdict": outcome.verdict,
-        "code": outcome.code,
-        "message": outcome.message,
-        "contribution_id": outcome.contribution_id,
-        "ledger": asdict(entry.anchor),
-    }
+    found = Receipt(
+        package_sha256=outcome.package_sha256,
+        verdict=cast(Any, outcome.verdict),  # the document refuses what is none of `VERDICTS`
+        codes=(outcome.code,) if outcome.code else (),
+        message=outcome.message,
+        contribution_id=outcome.contribution_id,
+        ledger=receipt.Place(index=entry.index, sha256=entry.sha256),
+    )
     name = f"{outcome.package_sha256}-{outcome.number:03d}.json"
-    # The signature over these bytes belongs here, and its reading into `ledger.read_anchors`: the hub has no key yet.
-    storage.create_bytes(storage.join(hub_uri, "receipts", name), lineage.canonical_json(receipt))
+    storage.create_bytes(storage.join(hub_uri, "receipts", name), receipt.sign(found, receipt_key))

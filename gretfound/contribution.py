@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gretfound import fundus, shard
+from gretfound import deidentify, fundus, screening, shard
 from gretfound.errors import ContributionRejected, StorageError
+from gretfound.metadata import MetadataSummary
 
 FORMS = ("weights", "images", "synthetic")
 MAX_MEMBERS = 64
@@ -102,6 +103,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
         *_TRAINING,
     ),
 }
+TAKEN_OUT = ("unreadable", "not_the_named_photograph")  # why a row does not stay, where the others do
 _IMAGE_FIRST_BYTES = (b"\xff\xd8", b"\x89PNG\r\n\x1a\n")
 
 
@@ -110,7 +112,7 @@ def place_of(form: str, path: str) -> Place | None:
     return next((place for place in PLACES[form] if re.fullmatch(place.pattern, path)), None)
 
 
-def screen_shard_file(shard_path: Path, *, site_id: str, origin: str) -> dict[str, int]:
+def screen_shard_file(shard_path: Path, *, site_id: str, origin: str, summary: MetadataSummary) -> dict[str, int]:
     """Takes out the rows of an opened shard whose photograph is damaged; their neighbours stay.
 
     The file is written anew in any case, so that nothing stays of it but its rows: no bytes between row groups, no
@@ -120,20 +122,22 @@ def screen_shard_file(shard_path: Path, *, site_id: str, origin: str) -> dict[st
         shard_path: A shard file of an opened package.
         site_id: The site that every row must name.
         origin: ``real`` or ``synthetic``, which every row must name.
+        summary: The contribution's: no row says what it does not tell.
 
     Returns:
         How many rows were taken out, by reason.
 
     Raises:
         ContributionRejected: ``SHARD_FORMAT`` if the file is not of the shard format, ``SITE_MISMATCH`` if a row
-            belongs to another site or origin, ``PATIENT_IN_SYNTHETIC`` if a drawn photograph names a patient,
-            ``IMAGE_...`` if an image is one that no container writes: of another kind, of too many pixels or frames.
+            belongs to another site or origin, codes of `screening.require_real_row` and `require_drawn_row`, and
+            ``IMAGE_...`` if an image is one that no container writes: of another kind, of too many pixels or frames,
+            with anything beside its pixels.
     """
     _require_shard_format(shard_path)
     rejected: Counter[str] = Counter()
     sound_path = shard_path.with_suffix(".sound")
     try:
-        shard.write_shard_file(sound_path, _sound_rows(shard_path, site_id, origin, rejected))
+        shard.write_shard_file(sound_path, _sound_rows(shard_path, site_id, origin, summary, rejected))
         sound_path.replace(shard_path)
     finally:
         sound_path.unlink(missing_ok=True)
@@ -158,13 +162,15 @@ def _require_shard_format(shard_path: Path) -> None:
             )
 
 
-def _sound_rows(shard_path: Path, site_id: str, origin: str, rejected: Counter[str]) -> Iterator[dict[str, Any]]:
+def _sound_rows(
+    shard_path: Path, site_id: str, origin: str, summary: MetadataSummary, rejected: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    require_row = screening.require_real_row if origin == "real" else screening.require_drawn_row
     try:
         for row in shard.read_rows(str(shard_path)):
             if row["site_id"] != site_id or row["origin"] != origin:
                 raise ContributionRejected("SITE_MISMATCH", "a row names another site or origin than the manifest")
-            if origin == "synthetic" and row["patient"] is not None:
-                raise ContributionRejected("PATIENT_IN_SYNTHETIC", "a drawn photograph names a patient; seal it again")
+            require_row(row, summary)
             try:
                 if not row["image"].startswith(_IMAGE_FIRST_BYTES):
                     raise fundus.UnreadablePhotograph("NOT_A_PHOTOGRAPH", "required JPEG or PNG")
@@ -177,9 +183,15 @@ def _sound_rows(shard_path: Path, site_id: str, origin: str, rejected: Counter[s
                     ) from error
                 rejected["unreadable"] += 1
                 continue
-            if fundus.pixel_digest(image) != row["image_id"]:
+            if (fundus.pixel_digest(image), *image.shape[:2]) != (row["image_id"], row["height_px"], row["width_px"]):
                 rejected["not_the_named_photograph"] += 1
                 continue
+            try:
+                deidentify.require_bare(row["image"])
+            except ValueError as error:
+                raise ContributionRejected(
+                    "IMAGE_NOT_BARE", "a shard holds an image with more than its pixels; contribute again"
+                ) from error
             yield row
     except (StorageError, pa.ArrowException) as error:
         raise ContributionRejected("SHARD_FORMAT", "a shard is not readable Parquet; seal the package again") from error

@@ -9,9 +9,10 @@ import datetime
 import hashlib
 import hmac
 import io
+import re
 import struct
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from gretfound.fundus import Photograph, UnreadablePhotograph
 POLICY = "deid/1"
 # DICOM PS3.16, CID 7050: basic profile, clean pixel data; modified dates; patient characteristics.
 METHODS, METHOD_DATES, METHOD_CHARACTERISTICS = ("113100", "113101"), "113107", "113108"
+_CHARACTERISTICS = ("age", "sex", "ethnicity")
 LIMITS = isolation.Limits(memory_bytes=2 * 2**30, cpu_s=20)
 MIN_HULL_SHARE = 0.25
 MAX_SHIFT_DAYS = 365
@@ -52,6 +54,7 @@ REFUSED = {
     "BAD_PROFILE": "its colour profile is damaged; export it again without one",
     "UNSUPPORTED_COMPRESSION": "its DICOM compression is not read; export it uncompressed",
     "BEYOND_LIMITS": "opening it took more memory or time than a photograph needs",
+    "DUPLICATE": "another photograph has the same pixels within the field of view; that one leaves, once",
     "CHANGED": "the file changed since it was checked, or it cannot be opened; run the same command again",
 }
 
@@ -223,8 +226,9 @@ def require_bare(encoded: bytes) -> None:
             raise ValueError("found a PNG with other chunks than IHDR, IDAT and IEND; required no others")
         return
     kinds, end = _jpeg_segments(encoded)
-    # JFIF header, quantisation, frame, Huffman tables, scan: no other application segment and no comment
-    if not set(kinds) <= {0xE0, 0xDB, 0xC0, 0xC2, 0xC4, 0xDA} or end != len(encoded):
+    # JFIF header without a thumbnail, quantisation, frame, Huffman tables, scan: no other segment and no comment
+    is_right = kinds[:1] == [0xE0] and encoded[4:11] == b"\0\x10JFIF\0"
+    if not is_right or not set(kinds[1:]) <= {0xDB, 0xC0, 0xC2, 0xC4, 0xDA} or end != len(encoded):
         raise ValueError("found a JPEG with a comment, an application's segment or bytes behind it; required none")
 
 
@@ -338,17 +342,33 @@ def shifted_date(site_key: bytes, patient: str, date: datetime.date) -> datetime
     return date + datetime.timedelta(days=days)
 
 
+def is_pseudonym(text: str) -> bool:
+    """Tells whether a text has the form of `pseudonym`."""
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
+
+
+def is_uid_pseudonym(text: str) -> bool:
+    """Tells whether a text has the form of `uid_pseudonym`."""
+    number = re.fullmatch(r"2\.25\.(0|[1-9][0-9]{0,38})", text)
+    return number is not None and int(number[1]) < 2**128
+
+
 def _keyed(site_key: bytes, text: str) -> bytes:
     if len(site_key) < 16:
         raise ValueError(f"found a site key of {len(site_key)} bytes; required at least 16")
     return hmac.new(site_key, text.encode(), hashlib.sha256).digest()
 
 
-def methods(*, has_year: bool, has_characteristics: bool) -> str:
-    """Returns what was done, for a row: the policy and DICOM's codes of the methods, separated by blanks."""
+def methods_of(cells: Mapping[str, Any], *, has_year: bool) -> str:
+    """Returns what was done, for a row: the policy and DICOM's codes of the methods, separated by blanks.
+
+    Args:
+        cells: The values that leave with the photograph; blanks are absent.
+        has_year: Whether its moved year leaves.
+    """
     codes = [
         *METHODS,
         *([METHOD_DATES] if has_year else []),
-        *([METHOD_CHARACTERISTICS] if has_characteristics else []),
+        *([METHOD_CHARACTERISTICS] if any(name in cells for name in _CHARACTERISTICS) else []),
     ]
     return " ".join([POLICY, *codes])

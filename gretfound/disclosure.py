@@ -14,8 +14,6 @@ large and suppressed for another one's sake. Source: Hundepool et al., Statistic
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from gretfound import attacker, metadata
+from gretfound import attacker, files, metadata
 from gretfound.attacker import PEOPLE, Attacker, Cell
 from gretfound.errors import ConfigError, ContributionRejected
 from gretfound.metadata import Cells, MetadataSummary
@@ -740,7 +738,7 @@ def describe_for_hub(summary: MetadataSummary, *, policy: Policy) -> dict[str, A
         "schema": REPORT_SCHEMA,
         "policy": asdict(policy),
         "num_counts_told": len(attacker.told_cells(summary)),
-        "suppressed": [list(cell) for cell, count in attacker.listed_cells(summary) if count is None],
+        "suppressed": sorted((list(cell) for cell, count in attacker.listed_cells(summary) if count is None), key=str),
         "columns_not_told": sorted(set(policy.tables) - set(summary.counts)),
         "why": f"fewer than {summary.min_patients} patients (none included), or withheld to protect such a count",
     }
@@ -854,10 +852,6 @@ def enter(path: Path, made: Release, *, after: Sequence[Release]) -> None:
         raise ConfigError(
             f"another contribution was entered into {path} while this one was made; run the same command again"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     releases = [asdict(each) | {"summary": metadata.summary_to_json(each.summary)} for each in (*entered, made)]
     content = {"schema": LEDGER_SCHEMA, "releases": releases}
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        json.dump(content, stream)
-    partial.replace(path)
+    files.write(path, json.dumps(content).encode(), mode=0o600)

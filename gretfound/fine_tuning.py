@@ -26,7 +26,7 @@ from safetensors.numpy import save as save_tensors
 from sklearn.model_selection import StratifiedGroupKFold
 from timm.models.vision_transformer import VisionTransformer
 
-from gretfound import fundus, lineage, metadata, storage
+from gretfound import fundus, lineage, metadata, storage, withdrawal
 from gretfound.encoder import folder
 from gretfound.encoder.transform import Transform
 from gretfound.errors import LineageError, StorageError
@@ -200,7 +200,7 @@ def fetch_release(release_uri: str, cache_path: Path) -> tuple[lineage.Release, 
         cache_path: A local folder; the release goes into a folder of its id, and files already there are verified.
 
     Raises:
-        LineageError: If it is no release, or its record was changed.
+        LineageError: If it is no release, its record was changed, or it descends from a site that has withdrawn.
         StorageError: If a file is absent, or not what the record says.
     """
     content = storage.read_json(storage.join(release_uri, "record.json"))
@@ -209,6 +209,8 @@ def fetch_release(release_uri: str, cache_path: Path) -> tuple[lineage.Release, 
         raise LineageError(
             f"the release's record was changed after it was written: its content has the id {release.id}"
         )
+    if storage.exists(storage.join(release_uri, withdrawal.MARK_NAME)):
+        raise LineageError(f"{release.id} descends from a site that has withdrawn; serve a release without it")
     local_path = cache_path / release.id
     for file in release.files:
         path = local_path / file.path

@@ -2,8 +2,8 @@
 
 A decoder that is fed a bomb, or crashes, takes such a process down and no more: its file is refused and the next one
 gets a new process. What comes back is JSON and bytes, never a pickle. The environment is not handed on, but for
-`OPENBLAS_*`. It is no sandbox: the network is not closed here, and the process can read what its user can, keys too.
-A machine or container without a network has to make up for that (docs/privacy.md).
+`OPENBLAS_*`, and the process shuts itself in (`gretfound.enclosure`) as far as the kernel allows: without Landlock it
+can read what its user can, keys too, and a machine or container has to make up for that (docs/privacy.md).
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
+from gretfound import enclosure
 from gretfound.errors import ConfigError
 
 Answer = tuple[dict[str, Any], bytes]
@@ -34,6 +35,7 @@ _LENGTH = struct.Struct(">Q")
 _MAX_JSON_BYTES = 32 * 2**20
 _MAX_OPEN_FILES = 64
 _READY = b"ready"
+_MAX_PIECES = 256  # of one process: its hard limit of processor time has to be set before the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,8 @@ class Pool:
             answer = process.ask(request, content, self._limits)
             return answer
         finally:
-            if process is not None and answer is None:  # whatever went wrong, it is not asked again
+            if process is not None and (answer is None or process.num_asked == _MAX_PIECES):
+                # Whatever went wrong, it is not asked again.
                 process.end()
                 process = None
             self._idle.put(process)
@@ -129,6 +132,7 @@ class _Process:
             "ARROW_DEFAULT_MEMORY_POOL": "system",
             "ARROW_NUM_THREADS": "1",
         }
+        self.num_asked = 0
         kept = {name: os.environ[name] for name in os.environ if name.startswith("OPENBLAS_")}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=kept | environment
@@ -146,6 +150,7 @@ class _Process:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         ends_s = time.monotonic() + limits.wall_s
+        self.num_asked += 1
         try:
             _write_frame(stdin, json.dumps(request).encode())
             _write_frame(stdin, content)
@@ -203,10 +208,9 @@ def _serve(work_name: str, memory_bytes: int, cpu_s: int) -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)  # what a library prints is no answer
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_OPEN_FILES, _MAX_OPEN_FILES))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    most_cpu_s = (_MAX_PIECES + 1) * (cpu_s + 1)
+    enclosure.limit(memory_bytes=memory_bytes, cpu_s=most_cpu_s, file_bytes=0, num_open_files=_MAX_OPEN_FILES)
+    enclosure.shut_in(folder_path=None)
     module_name, _, function_name = work_name.partition(":")
     work: Work = getattr(importlib.import_module(module_name), function_name)
     _write_frame(answers, _READY)
@@ -216,9 +220,8 @@ def _serve(work_name: str, memory_bytes: int, cpu_s: int) -> None:
         if content is None:
             return
         used = resource.getrusage(resource.RUSAGE_SELF)
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + cpu_s, resource.RLIM_INFINITY)
-        )
+        until_s = min(int(used.ru_utime + used.ru_stime) + 1 + cpu_s, most_cpu_s)
+        resource.setrlimit(resource.RLIMIT_CPU, (until_s, most_cpu_s + 1))
         try:
             answer, payload = work(json.loads(request), content)
         except MemoryError:

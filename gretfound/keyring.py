@@ -4,6 +4,7 @@
     FOLDER/SITE.site.json                   the site's card, for the hub
     FOLDER/hub.json                         the hub's card: for whom to seal
     FOLDER/sealed/KEY-NUMBER.json           each package's manifest and digest: the site's own proof of what left
+    FOLDER/sealed/SHA256.waiting            a package whose sealing was interrupted, until it has its name
 
 The steward's key may be locked with a passphrase, or lie elsewhere until it is needed.
 """
@@ -15,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from gretfound import sealing, signing, storage
+from gretfound import files, sealing, signing, storage
 from gretfound.errors import ConfigError
 from gretfound.roster import SITE_CARD_TYPE, Approval, HubCard, KeyRole, SiteCard, read_site_card
 from gretfound.sealing import Label, Manifest, Package
@@ -23,6 +24,15 @@ from gretfound.signing import Document, UnreadableDocument
 
 SEALED_FOLDER = "sealed"
 ROLES: tuple[KeyRole, ...] = ("container", "steward")
+
+
+class Waiting(Document):
+    """A package that has a number and may not have its name yet: where it lies, and where it belongs."""
+
+    schema_version: Literal["gretfound-waiting/1"] = "gretfound-waiting/1"
+    package_sha256: str
+    waiting_path: str
+    package_path: str
 
 
 class Sealed(Document):
@@ -185,6 +195,9 @@ def seal(
 ) -> Package:
     """Seals a draft as the keyring's next package, and remembers it; a call that was interrupted is finished.
 
+    That holds for an interrupted call with another draft, too: its package gets its name first, since its number is
+    taken, and the hub waits for each number.
+
     Args:
         ring: The site's keyring.
         draft_path: The draft; it is removed once the package lies there.
@@ -194,12 +207,16 @@ def seal(
         steward_path: The steward's private key, if it does not lie in the keyring.
 
     Raises:
-        ConfigError: If a key cannot be read, or another package was sealed at the same time.
+        ConfigError: If a key cannot be read, another package was sealed at the same time, or the folder of one whose
+            sealing was interrupted is not there.
         ContributionRejected: As `gretfound.sealing.seal`.
     """
     waiting_path = package_path.with_name(f".{package_path.name}.sealed")
     last = _last(ring)
-    if not (last and waiting_path.is_file() and storage.sha256_of(waiting_path) == last.package_sha256):
+    if last and waiting_path.is_file() and storage.sha256_of(waiting_path) == last.package_sha256:
+        waiting_path.replace(package_path)
+    else:
+        _finish_others(ring)
         waiting_path.unlink(missing_ok=True)
         sealed = sealing.seal(
             draft_path,
@@ -211,10 +228,19 @@ def seal(
         last = Sealed(package_sha256=sealed.sha256, manifest=sealed.manifest)
         key_id = last.manifest.approvals[0].key_id
         path = ring.folder_path / SEALED_FOLDER / f"{key_id[:16]}-{last.manifest.sequence:08d}.json"
-        if not storage.create_bytes(str(path), last.to_bytes()):
+        note_path = path.with_name(f"{last.package_sha256}.waiting")
+        note = Waiting(
+            package_sha256=sealed.sha256,
+            waiting_path=str(waiting_path.absolute()),
+            package_path=str(package_path.absolute()),
+        )
+        files.write(note_path, note.to_bytes())
+        if not files.create(path, last.to_bytes()):
             waiting_path.unlink()
+            note_path.unlink()
             raise ConfigError("another package of this site was sealed at the same time; run the same command again")
-    waiting_path.replace(package_path)
+        waiting_path.replace(package_path)
+        note_path.unlink()
     draft_path.unlink()
     return Package(
         path=package_path,
@@ -233,6 +259,26 @@ def find(folder_path: Path, package_path: Path) -> Package | None:
             size_bytes = package_path.stat().st_size
             return Package(path=package_path, sha256=sha256, size_bytes=size_bytes, manifest=sealed.manifest)
     return None
+
+
+def _finish_others(ring: Keyring) -> None:
+    """Gives its name to each package that has a number and not its name."""
+    folder_path = ring.folder_path / SEALED_FOLDER
+    for note_path in folder_path.glob("*.waiting"):
+        note = signing.parse_document(note_path.read_bytes(), Waiting)
+        waiting_path, package_path = Path(note.waiting_path), Path(note.package_path)
+        has_number = any(
+            _read_sealed(path).package_sha256 == note.package_sha256 for path in folder_path.glob("*.json")
+        )
+        if has_number and not waiting_path.parent.is_dir():
+            raise ConfigError(
+                f"the sealing of {package_path} was interrupted, and its folder is not there now; make it reachable "
+                f"and run the same command again, or, if it is lost, remove {note_path} and tell the hub"
+            )
+        if has_number and waiting_path.is_file():
+            waiting_path.replace(package_path)
+        if has_number or not waiting_path.exists():
+            note_path.unlink()
 
 
 def _last(ring: Keyring) -> Sealed | None:

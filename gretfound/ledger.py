@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from gretfound import lineage, storage
+from gretfound import lineage, signing, storage
 from gretfound.errors import LineageError, StorageError
 
 log = logging.getLogger(__name__)
+RECEIPT_TYPE = "application/vnd.gretfound.receipt+json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +149,10 @@ def read_anchors(anchor_uri: str) -> list[Anchor]:
         raise StorageError(f"there is no anchor in {anchor_uri}; `python -m jobs.ledger anchor` writes one")
     anchors = []
     for uri in uris:
-        content = storage.read_json(uri)
-        found = content["ledger"] if isinstance(content, dict) and "ledger" in content else content
         try:
+            found = storage.read_json(uri)
+            if "payload" in found:  # whether the hub signed it is for `gretfound.receipt`
+                found = json.loads(signing.read_envelope(storage.read_bytes(uri), RECEIPT_TYPE).payload)["ledger"]
             anchors.append(Anchor(index=int(found["index"]), sha256=str(found["sha256"])))
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{uri} is neither an anchor nor a receipt; remove it or restore it") from error

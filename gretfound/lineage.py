@@ -15,7 +15,11 @@ ID_HEX_DIGITS = 20
 
 
 def canonical_json(content: Any) -> bytes:
-    """Returns ``content`` as the one JSON text that stands for it: sorted keys, no spaces, ASCII, no NaN."""
+    """Returns ``content`` as the one JSON text that stands for it: sorted keys, no spaces, ASCII, no NaN.
+
+    Records' ids are digests of this text, so it stays as it is. What is signed, and so read by others' programs, is
+    written as the standard has it (`signing.canonical_json`), which spells some numbers otherwise.
+    """
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 

@@ -655,6 +655,7 @@ def caption_words() -> list[str]:
 
 _COUNTED_KINDS = ("word", "grade", "yes/no", "short text")
 SUMMARY_KEYS = (*(column.key for column in COLUMNS if column.kind in _COUNTED_KINDS), "dr_present", "age_band")
+MEASUREMENTS = ("hba1c", "sbp", "field_of_view")  # leave as measured, with a real photograph alone
 AGE_BANDS = ("<20", *(f"{age}-{age + 4}" for age in range(20, 90, 5)), "90+")
 BLANK = ""
 SUMMARY_SCHEMA = "metadata-summary/2"

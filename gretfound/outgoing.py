@@ -9,17 +9,15 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gretfound import deidentify, dicom, identifiers, isolation
+from gretfound import deidentify, dicom, files, identifiers, isolation
 from gretfound.examination import Finding, Usable
 
-_CHARACTERISTICS = ("age", "sex", "ethnicity")
 _TEXT_CELLS = ("camera", "country", "ethnicity")
 _MAX_ROWS_SHOWN = 20
 
@@ -97,7 +95,8 @@ def prepare(
         jpeg_quality: 0 gives PNG, 1 to 100 JPEG.
         on_progress: Is told how many are done.
     """
-    folder_path = work_path / "deidentified"
+    # What was done with another key has other pseudonyms, so it is not found again.
+    folder_path = work_path / f"deidentified-{deidentify.pseudonym(key, 'work')[:12]}"
     folder_path.mkdir(parents=True, exist_ok=True)
     num_processes = min(len(os.sched_getaffinity(0)), max(1, len(photographs)))
     outcomes = []
@@ -119,25 +118,22 @@ def prepare(
                 jpeg_quality=jpeg_quality,
             )
             if picture:
-                _write_whole(folder_path / outcome.file_name, picture)
+                files.write(folder_path / outcome.file_name, picture)  # two that look alike have one name
             if outcome.code != "CHANGED":  # that may be mended, and then has to be looked at again
-                _write_whole(done_path, json.dumps(asdict(outcome)).encode())
+                files.write(done_path, json.dumps(asdict(outcome)).encode())
             return outcome
 
         for outcome in processes.map(outcome_of, range(len(photographs))):
             outcomes.append(outcome)
             on_progress(len(outcomes))
-    return Prepared(outcomes=tuple(_with_whole_studies(outcomes)), folder_path=folder_path)
+    return Prepared(outcomes=tuple(_each_once(_with_whole_studies(outcomes))), folder_path=folder_path)
 
 
 def sent_facts(outcome: Outcome, cells: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the columns of a shard's row that de-identification fills: shifted year and method codes."""
     return {
         "shifted_year": outcome.shifted_year,
-        "deid_methods": deidentify.methods(
-            has_year=outcome.shifted_year is not None,
-            has_characteristics=any(name in cells for name in _CHARACTERISTICS),
-        ),
+        "deid_methods": deidentify.methods_of(cells, has_year=outcome.shifted_year is not None),
     }
 
 
@@ -145,7 +141,9 @@ def ledger_text(prepared: Prepared) -> str:
     """Returns what became of each photograph as CSV, by which the site finds a photograph again that it sent."""
     lines = ["row,source_sha256,outcome,image_id"]
     lines += [
-        f"{each.row},{each.source_sha256},{each.code or 'LEAVES'},{'' if each.code else each.image_id}"
+        # Of a duplicate, too: it leads to the one that left.
+        f"{each.row},{each.source_sha256},{each.code or 'LEAVES'},"
+        f"{each.image_id if each.code in ('', 'DUPLICATE') else ''}"
         for each in prepared.outcomes
     ]
     return "\n".join(lines) + "\n"
@@ -203,6 +201,15 @@ def _with_whole_studies(outcomes: Sequence[Outcome]) -> list[Outcome]:
     ]
 
 
+def _each_once(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """Leaves out what has the same pixels as an earlier one that leaves: outside of the field of view all is alike."""
+    leaving: set[str] = set()
+    for outcome in outcomes:
+        is_again = not outcome.code and outcome.image_id in leaving
+        leaving |= set() if outcome.code else {outcome.image_id}
+        yield replace(outcome, code="DUPLICATE") if is_again else outcome
+
+
 def _date_in(visit: str) -> datetime.date | None:
     """The date that a visit's code is, if it is one: 2024-03-09 or 20240309."""
     if not re.fullmatch(r"(19|20)\d\d-?\d\d-?\d\d", visit):
@@ -211,9 +218,3 @@ def _date_in(visit: str) -> datetime.date | None:
         return datetime.datetime.strptime(visit.replace("-", ""), "%Y%m%d").date()
     except ValueError:
         return None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # two that look alike have one name
-    partial.write_bytes(content)
-    partial.replace(path)

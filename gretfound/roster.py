@@ -73,10 +73,14 @@ class SiteCard(Document):
 
 
 class HubCard(Document):
-    """What the hub tells its sites: for whom to seal. Its digest is compared over the telephone."""
+    """What the hub tells its sites: for whom to seal, and with which key it signs receipts.
 
-    schema_version: Literal["gretfound-hub-card/1"] = "gretfound-hub-card/1"
+    Its digest is compared over the telephone.
+    """
+
+    schema_version: Literal["gretfound-hub-card/2"] = "gretfound-hub-card/2"
     recipients: tuple[Recipient, Recipient]
+    receipt_key: PublicKeyHex
 
 
 class SiteKey(Approval):
@@ -122,15 +126,17 @@ class Roster(Document):
     """One version of the roster.
 
     ``recipients`` are those that packages may be sealed for: first the two on the hub's card, then older ones.
+    ``receipt_key`` is the key that the hub signs receipts with, which is on the card, too.
     """
 
-    schema_version: Literal["gretfound-roster/1"] = "gretfound-roster/1"
+    schema_version: Literal["gretfound-roster/2"] = "gretfound-roster/2"
     version: int = Field(ge=1, lt=10**8)
     previous_sha256: Sha256 | Literal[""]
     issued: date
     expires: date
     root: Root
     recipients: tuple[Recipient, ...] = Field(min_length=2, max_length=8)
+    receipt_key: PublicKeyHex
     sites: tuple[RosterSite, ...]
 
     @model_validator(mode="after")
@@ -147,7 +153,7 @@ class Roster(Document):
     @property
     def hub_card(self) -> HubCard:
         """The hub's card for its sites."""
-        return HubCard(recipients=(self.recipients[0], self.recipients[1]))
+        return HubCard(recipients=(self.recipients[0], self.recipients[1]), receipt_key=self.receipt_key)
 
     @property
     def id(self) -> str:

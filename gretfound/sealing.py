@@ -6,9 +6,11 @@ over an in-toto statement about the manifest, which holds each member's digest: 
 data steward's, both. Before the steward has signed it is a *draft*, NAME.tar: the same tar with one signature, which
 never leaves.
 
-`open_sealed` accepts no byte that `seal` would not have written. It reads a stream, holds a few MiB however large the
-package is, and writes no member before the signatures, the roster and the manifest are verified. age says nothing about
-who sealed, so the manifest names the recipients: a package that somebody seals anew for another hub is refused there.
+`unseal` decrypts and looks at nothing; `unpack` reads what came of it, without a secret, so the two may run in
+processes of their own. Together they accept no byte that `seal` would not have written. They hold a few MiB however
+large the package is, and no member is written before the signatures, the roster and the manifest are verified. age says
+nothing about who sealed, so the manifest names the recipients: a package that somebody seals anew for another hub is
+refused there.
 """
 
 import contextlib
@@ -19,7 +21,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -30,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from securesystemslib.dsse import Envelope
 
-from gretfound import archive, contribution, signing, storage
+from gretfound import archive, contribution, files, signing, storage
 from gretfound.contribution import FORMS, PLACES, place_of
 from gretfound.errors import ConfigError, ContributionRejected
 from gretfound.roster import Approval, Recipient, Roster, Sha256, SiteId, require_approvals, require_current
@@ -46,9 +47,10 @@ MAX_AGE_HEADER_BYTES = 16 * 2**10
 MAX_MEMBERS = contribution.MAX_MEMBERS
 MAX_HEAD_BYTES = 2**20
 MAX_TOTAL_BYTES = 64 * 2**30
+# A tar's headers and padding, and age's 16 bytes for each 64 KiB, are less than the last two.
+MAX_PACKAGE_BYTES = MAX_TOTAL_BYTES + MAX_TOTAL_BYTES // 1024 + 2**24
 MAX_DAYS = 90
 CHUNK_BYTES = 4 * 2**20
-PIPE_BYTES = 2**18
 _FIRST_BYTES = {".parquet": (0, b"PAR1"), ".safetensors": (8, b"{"), ".json": (0, b"{"), ".jsonl": (0, b"{")}
 
 
@@ -192,7 +194,7 @@ def draft(
         **_labelled(label),
     }
     manifest = _parse_manifest(signing.canonical_json(terms))
-    with _whole(draft_path) as partial:
+    with files.whole(draft_path) as partial:
         with partial.open("wb") as stream:
             stream.write(_head(manifest, [container_key]))
             for member in manifest.files:
@@ -212,7 +214,7 @@ def read_draft(draft_path: Path) -> Package:
     reader.
 
     Raises:
-        ContributionRejected: As `open_sealed`, but for the codes about encryption, the roster and dates.
+        ContributionRejected: As `unpack`, but for the codes of the roster, the recipients and dates.
     """
     manifest, num_signatures = _verified_draft(draft_path)
     return replace(_described(draft_path, manifest), num_signatures=num_signatures)
@@ -240,7 +242,7 @@ def seal(
         raise ConfigError("the draft names other keys than the site's; run `gretfound-site contribute` again")
     content = {**drafted.model_dump(mode="json"), **_labelled(label)}
     manifest = _parse_manifest(signing.canonical_json(content))
-    with _whole(package_path) as partial, draft_path.open("rb") as members, partial.open("wb") as stream:
+    with files.whole(package_path) as partial, draft_path.open("rb") as members, partial.open("wb") as stream:
         _skip_head(members)
         head = io.BytesIO(_head(manifest, keys))
         recipients = [pyrage.x25519.Recipient.from_str(each) for each in manifest.encrypted_to]
@@ -252,41 +254,77 @@ def seal(
     return Package(path=package_path, sha256=sha256, size_bytes=size_bytes, manifest=manifest)
 
 
-def open_sealed(
-    package_path: Path,
-    into_path: Path | None,
-    *,
-    identities: Sequence[str],
-    roster: Roster,
-    today: date,
-    on_passed: Callable[[str], None] = lambda _: None,
-) -> Manifest:
-    """Decrypts and verifies a package, and unpacks its members.
-
-    It needs no network and no hub, and of the disk no more than the members that the manifest declares, so it may run
-    in a confined process (with one further thread). Nothing of a package is executed, unpickled or passed to a
-    library's folder loader. Whether it comes in its turn is for `take_number`; whether shards decode and weights fit
-    their base, for the job that reads them.
+def unseal(package_path: Path, tar_path: Path, *, identities: Sequence[str]) -> None:
+    """Decrypts a package to a tar of which not one byte is looked at here: `unpack` verifies it.
 
     Args:
         package_path: The package, of any origin.
-        into_path: The folder to make; it appears whole or not at all. None verifies and writes nothing.
+        tar_path: Where the tar shall lie; it has fewer bytes than the package.
         identities: The hub's age identities, ``AGE-SECRET-KEY-1...``.
+
+    Raises:
+        ContributionRejected: ``NOT_SEALED``, ``NOT_FOR_THIS_HUB``, ``TOO_LARGE``, or ``DAMAGED`` (a changed or missing
+            byte anywhere in the file). A part of the tar may lie there then.
+    """
+    _require_size(package_path.stat().st_size, MAX_PACKAGE_BYTES)
+    keys = [pyrage.x25519.Identity.from_str(each) for each in identities]
+    with package_path.open("rb") as sealed, tar_path.open("wb") as stream:
+        head = sealed.read(MAX_AGE_HEADER_BYTES)
+        if not head.startswith(AGE_MARK):
+            raise ContributionRejected("NOT_SEALED", "it is not sealed with age; send the file that ends in .age")
+        if b"\n--- " not in head:  # the library would look for the end of the header in memory
+            raise ContributionRejected("DAMAGED", "the package's age header is damaged; send the package again")
+        sealed.seek(0)
+        plain = _Watched(stream)
+        try:
+            pyrage.decrypt_io(sealed, plain, keys)
+        except (pyrage.DecryptError, OSError) as error:
+            if plain.fault is not None:
+                raise plain.fault from None
+            if getattr(error, "errno", None) is not None:  # pyrage 1.4 gives damage as an OSError without a number
+                raise
+            if "matching keys" in str(error):
+                raise ContributionRejected(
+                    "NOT_FOR_THIS_HUB", "it is sealed for somebody else; seal it with the card of this hub"
+                ) from None
+            raise ContributionRejected(
+                "DAMAGED", f"the package was changed or cut after it was sealed ({error}); send it again"
+            ) from None
+
+
+def unpack(
+    tar_path: Path,
+    into_path: Path | None,
+    *,
+    own_recipients: Sequence[str],
+    roster: Roster,
+    today: date,
+    on_signed: Callable[[bytes], None] = lambda _: None,
+) -> Manifest:
+    """Verifies what `unseal` has written, and unpacks its members.
+
+    It needs no network, no hub and no secret, and of the disk no more than the members that the manifest declares, so
+    it may run in a confined process. Nothing of a package is executed, unpickled or passed to a library's folder
+    loader. Whether it comes in its turn is for `take_number`; whether shards decode and weights fit their base, for the
+    job that reads them.
+
+    Args:
+        tar_path: The tar, of any origin.
+        into_path: The folder to make; it appears whole or not at all. None verifies and writes nothing.
+        own_recipients: The age recipients of the hub's identities.
         roster: The hub's roster, verified.
         today: The day in UTC.
-        on_passed: Told ``DECRYPTED`` once the manifest is read, and ``SIGNED`` once its signatures, keys, recipients
-            and days are verified; only then is a member written.
+        on_signed: Called with the signatures once these, the keys, recipients and days are verified; only then is a
+            member written.
 
     Raises:
         ContributionRejected: With a code of
 
-            - age: ``NOT_SEALED``, ``NOT_FOR_THIS_HUB`` (other recipients, by the header or by the manifest),
-              ``DAMAGED`` (a changed or missing byte anywhere in the file);
             - signatures: ``ONE_SIGNATURE``, ``SAME_KEY_TWICE``, ``BAD_SIGNATURE``, ``BAD_ENVELOPE``;
             - roster: ``ROSTER_EXPIRED``, ``UNKNOWN_SITE``, ``SITE_SUSPENDED``, ``UNKNOWN_KEY``, ``KEY_REVOKED``,
               ``KEY_EXPIRED``;
-            - manifest: ``BAD_MANIFEST``, ``UNKNOWN_VERSION``, ``PACKAGE_EXPIRED``, ``NOT_ALLOWED``, ``TOO_LARGE``,
-              ``TOO_MANY_MEMBERS``, ``OUT_OF_ORDER``, ``MISSING_MEMBER``;
+            - manifest: ``BAD_MANIFEST``, ``UNKNOWN_VERSION``, ``PACKAGE_EXPIRED``, ``NOT_FOR_THIS_HUB``,
+              ``NOT_ALLOWED``, ``TOO_LARGE``, ``TOO_MANY_MEMBERS``, ``OUT_OF_ORDER``, ``MISSING_MEMBER``;
             - tar: ``TRUNCATED``, ``NOT_CANONICAL``, ``NOT_A_REGULAR_FILE``, ``UNSAFE_NAME``, ``TRAILING_BYTES``,
               ``SIZE_MISMATCH``, ``DIGEST_MISMATCH``, ``WRONG_KIND``.
         ValueError: If ``into_path`` is there already.
@@ -295,34 +333,56 @@ def open_sealed(
         raise ValueError(f"{into_path} is there already; required a folder that does not exist yet")
 
     def judge(manifest: Manifest, envelope: Envelope) -> None:
-        on_passed("DECRYPTED")
         _require_signatures(manifest, envelope, may_be_draft=False)
-        _require_trust(manifest, identities=identities, roster=roster, today=today)
-        on_passed("SIGNED")
+        _require_trust(manifest, own_recipients=own_recipients, roster=roster, today=today)
+        on_signed(signing.envelope_to_bytes(envelope))
 
-    if into_path is None:
-        return _read_sealed(package_path, None, identities, judge)
-    partial = into_path.with_name(f".{into_path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        manifest = _read_sealed(package_path, partial, identities, judge)
-        partial.replace(into_path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with tar_path.open("rb") as stream:
+        if into_path is None:
+            return _read(stream, None, judge)
+        partial = into_path.with_name(f".{into_path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            manifest = _read(stream, partial, judge)
+            partial.replace(into_path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
-def read_sealed(package_path: Path, *, identities: Sequence[str]) -> Package:
-    """Decrypts a package and verifies it against the keys that it names itself, for a reader; writes nothing.
+def require_signed(
+    manifest: Manifest, signatures: bytes, *, own_recipients: Sequence[str], roster: Roster, today: date
+) -> None:
+    """Verifies once more what `unpack` says of a package's head, where its process is not trusted.
+
+    Args:
+        manifest: The manifest that it returned.
+        signatures: What it gave ``on_signed``.
+        own_recipients: As for `unpack`.
+        roster: As for `unpack`.
+        today: As for `unpack`.
 
     Raises:
-        ContributionRejected: As `open_sealed`, but for the codes of the roster and dates.
+        ContributionRejected: With a code of `unpack` about signatures, roster or manifest.
     """
-    manifest = _read_sealed(
-        package_path,
-        None,
-        identities,
-        lambda manifest, envelope: _require_signatures(manifest, envelope, may_be_draft=False),
-    )
+    _require_signatures(manifest, _read_envelope(signatures, manifest.to_bytes()), may_be_draft=False)
+    _require_trust(manifest, own_recipients=own_recipients, roster=roster, today=today)
+
+
+def read_sealed(package_path: Path, *, identities: Sequence[str]) -> Package:
+    """Decrypts a package into a temporary folder and verifies it against the keys that it names itself, for a reader.
+
+    Raises:
+        ContributionRejected: As `unseal` and `unpack`, but for the codes of the roster and dates.
+    """
+
+    def judge(manifest: Manifest, envelope: Envelope) -> None:
+        _require_signatures(manifest, envelope, may_be_draft=False)
+
+    with storage.scratch_folder() as folder:
+        tar_path = Path(folder) / "package.tar"
+        unseal(package_path, tar_path, identities=identities)
+        with tar_path.open("rb") as stream:
+            manifest = _read(stream, None, judge)
     return _described(package_path, manifest)
 
 
@@ -345,7 +405,7 @@ def take_number(
     """Takes a verified package's number among those of its container key; of two with one number, one gets it.
 
     ``HUB/sequence/SITE/KEY/NUMBER.json`` is put once and never changed. The same package may take its number again.
-    Call it after `open_sealed`, whatever becomes of the package then: one that did not verify must not take a number.
+    Call it after `unpack`, whatever becomes of the package then: one that did not verify must not take a number.
 
     Args:
         hub_uri: The hub.
@@ -387,18 +447,6 @@ def _labelled(label: Label) -> dict[str, Any]:
         "expires": (label.created + timedelta(days=label.valid_days)).isoformat(),
         "encrypted_to": sorted(label.recipients),
     }
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Gives a name to write under; the file gets its own name when the block has ended well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _described(path: Path, manifest: Manifest) -> Package:
@@ -459,6 +507,33 @@ class _Hashed:
         self._stream.flush()
 
 
+class _Watched:
+    """Writes to a stream, as `pyrage.decrypt_io` writes to it, and remembers the stream's own error as ``fault``.
+
+    pyrage 1.4 passes that error on without its number, just as it does with damage in what it reads.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.fault: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        with self._watched():
+            return self._stream.write(content)
+
+    def flush(self) -> None:
+        with self._watched():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.fault = error
+            raise
+
+
 def _statement(manifest_content: bytes) -> bytes:
     """Returns what is signed. Source: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md"""
     digest = {"sha256": hashlib.sha256(manifest_content).hexdigest()}
@@ -469,65 +544,6 @@ def _statement(manifest_content: bytes) -> bytes:
             "predicateType": PREDICATE_TYPE,
             "predicate": {},
         }
-    )
-
-
-def _read_sealed(
-    package_path: Path, into_path: Path | None, identities: Sequence[str], judge: Callable[[Manifest, Envelope], None]
-) -> Manifest:
-    with package_path.open("rb") as sealed:
-        head = sealed.read(MAX_AGE_HEADER_BYTES)
-        if not head.startswith(AGE_MARK):
-            raise ContributionRejected("NOT_SEALED", "it is not sealed with age; send the file that ends in .age")
-        if b"\n--- " not in head:  # the library would look for the end of the header in memory
-            raise ContributionRejected("DAMAGED", "the package's age header is damaged; send the package again")
-        sealed.seek(0)
-        with _decrypting(sealed, identities) as stream:
-            return _read(stream, into_path, judge)
-
-
-@contextlib.contextmanager
-def _decrypting(sealed: BinaryIO, identities: Sequence[str]) -> Iterator[BinaryIO]:
-    """Gives the plain bytes as a stream, decrypted in a thread while they are read; nothing is put on a disk.
-
-    What is read may be cut where the package is damaged, so the damage, not the cut, is raised in the end.
-    """
-    keys = [pyrage.x25519.Identity.from_str(each) for each in identities]
-    read_end, write_end = os.pipe()
-
-    def decrypt() -> None:
-        with os.fdopen(write_end, "wb", buffering=PIPE_BYTES) as plain:
-            pyrage.decrypt_io(sealed, plain, keys)
-
-    with ThreadPoolExecutor(1) as pool:
-        decrypted = pool.submit(decrypt)
-        try:
-            with os.fdopen(read_end, "rb", buffering=PIPE_BYTES) as stream:
-                yield stream
-        except ContributionRejected as error:
-            if error.code == "TRUNCATED":  # else the reader has refused what it saw, and let the pipe break
-                _require_undamaged(decrypted)
-            raise
-        _require_undamaged(decrypted)
-
-
-def _require_undamaged(decrypted: Future[None]) -> None:
-    try:
-        decrypted.result()
-    except pyrage.DecryptError as error:
-        if "matching keys" in str(error):
-            raise ContributionRejected(
-                "NOT_FOR_THIS_HUB", "it is sealed for somebody else; seal it with the card of this hub"
-            ) from None
-        damage = str(error)
-    except OSError as error:
-        if error.errno is not None:  # the disk's own; pyrage 1.4 gives damage behind the header as one without a number
-            raise
-        damage = str(error)
-    else:
-        return
-    raise ContributionRejected(
-        "DAMAGED", f"the package was changed or cut after it was sealed ({damage}); send it again"
     )
 
 
@@ -591,12 +607,11 @@ def _require_signatures(manifest: Manifest, envelope: Envelope, *, may_be_draft:
         )
 
 
-def _require_trust(manifest: Manifest, *, identities: Sequence[str], roster: Roster, today: date) -> None:
+def _require_trust(manifest: Manifest, *, own_recipients: Sequence[str], roster: Roster, today: date) -> None:
     require_current(roster, today)
     require_approvals(roster, manifest.site_id, manifest.approvals, today)
-    own = {str(pyrage.x25519.Identity.from_str(each).to_public()) for each in identities}
     named = set(manifest.encrypted_to)
-    if not named <= set(roster.recipients) or not named & own:
+    if not named <= set(roster.recipients) or not named & set(own_recipients):
         raise ContributionRejected(
             "NOT_FOR_THIS_HUB",
             "the site sealed it for other recipients than this hub's; seal it with the card of this hub",

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
+from gretfound import files
 from gretfound.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class _Envelope(Document):
 
 
 def canonical_json(content: Any) -> bytes:
-    """Returns the one JSON text of ``content``. Source: RFC 8785."""
+    """Returns the one JSON text of a content that is signed. Source: RFC 8785."""
     return rfc8785.dumps(content)
 
 
@@ -69,13 +69,13 @@ def parse_json(content: bytes) -> Any:
     """Reads JSON strictly.
 
     Raises:
-        UnreadableDocument: ``BAD_JSON`` if it is not JSON in UTF-8, names a key twice, or a number is not finite.
+        UnreadableDocument: ``BAD_JSON`` if it is not JSON in UTF-8 or a number is not finite, ``KEY_TWICE``.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise UnreadableDocument("BAD_JSON", "a key stands twice in one object")
+            raise UnreadableDocument("KEY_TWICE", "a key stands twice in one object")
         return found
 
     def finite(text: str) -> float:
@@ -100,7 +100,7 @@ def parse_document(content: bytes, expected: type[DocumentT]) -> DocumentT:
         expected: The kind. Its field ``schema_version``, if it has one, is a literal of the one version that is read.
 
     Raises:
-        UnreadableDocument: ``BAD_JSON`` as `parse_json`, ``UNKNOWN_VERSION``, ``BAD_FIELD`` naming each known field
+        UnreadableDocument: As `parse_json`; ``UNKNOWN_VERSION``, ``BAD_FIELD`` naming each known field
             that is wrong, or ``NOT_CANONICAL``.
     """
     found = parse_json(content)
@@ -210,13 +210,8 @@ def write_secret(path: Path, content: bytes) -> None:
     Raises:
         ConfigError: If there is a file already: a secret is never replaced.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise ConfigError(f"there is a file {path} already; move it away first, nothing was changed") from None
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(content)
+    if not files.create(path, content, mode=0o600):
+        raise ConfigError(f"there is a file {path} already; move it away first, nothing was changed")
 
 
 def read_secret(path: Path) -> bytes:

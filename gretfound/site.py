@@ -30,12 +30,14 @@ from gretfound import (
     deidentify,
     disclosure,
     examination,
+    files,
     fundus,
     keyring,
     lineage,
     matching,
     metadata,
     outgoing,
+    receipt,
     roster,
     sealing,
     shard,
@@ -55,7 +57,8 @@ if TYPE_CHECKING:
 
 EXIT_FIT, EXIT_NOT_FIT, EXIT_USAGE = 0, 1, 2
 KEY_BYTES = 32
-MEASUREMENTS = ("hba1c", "sbp", "field_of_view")
+_ROW_BYTES = 4096  # of a shard's row beside its image, at most
+_PART_BYTES = 512 * 2**20
 FORM_LEAVES = {
     "weights": "the numbers that a generator learned, and counts; no photograph",
     "images": "de-identified photographs with their metadata under pseudonyms",
@@ -206,7 +209,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys_options(sign)
 
     inspect = commands.add_parser("inspect", help="what is in a draft or package, in words; verifies every byte")
-    inspect.add_argument("package", type=Path, metavar="FILE")
+    inspect.add_argument("package", type=Path, metavar="FILE", nargs="?", help="a draft, or a package")
+    inspect.add_argument("--receipt", type=Path, metavar="FILE", help="verify the hub's receipt, of FILE if given")
+    inspect.add_argument(
+        "--hub", type=Path, metavar="FILE", help="with --receipt: the hub's card; default DIR/hub.json"
+    )
     inspect.add_argument("--json", action="store_true", help="for programs")
     inspect.add_argument("--keys", type=Path, metavar="DIR", help="tell what this site's keyring remembers of it")
     inspect.add_argument("--identity", type=Path, metavar="FILE", help="at the hub: open it with this age identity")
@@ -449,19 +456,10 @@ def _default_key_path(site_id: str) -> Path:
 
 def _site_key(key_path: Path) -> bytes:
     """Reads the site's secret, or makes it, readable by its owner alone."""
-    key_path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        if key_path.stat().st_mode & 0o077:
-            raise ConfigError(f"{key_path} can be read by others; make it yours alone: chmod 600 {key_path}") from None
-        key = key_path.read_bytes()
-        if len(key) != KEY_BYTES:
-            raise ConfigError(f"{key_path} is no site key: found {len(key)} bytes, required {KEY_BYTES}") from None
-        return key
-    key = secrets.token_bytes(KEY_BYTES)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(key)
+    files.create(key_path, secrets.token_bytes(KEY_BYTES), mode=0o600)
+    key = signing.read_secret(key_path)
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"{key_path} is no site key: found {len(key)} bytes, required {KEY_BYTES}")
     return key
 
 
@@ -470,20 +468,58 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_bytes(lineage.canonical_json(content) + b"\n")
 
 
-def _parts(num_images: int) -> list[range]:
-    """Cuts images into as few parts of whole row groups as a package may have members for."""
-    per_part = shard.IMAGES_PER_ROW_GROUP
-    while -(-num_images // per_part) > contribution.MAX_SHARDS:
-        per_part += shard.IMAGES_PER_ROW_GROUP
-    return [range(start, min(start + per_part, num_images)) for start in range(0, num_images, per_part)]
+def _require_room(sizes_bytes: Sequence[int]) -> None:
+    total_bytes = sum(sizes_bytes) + _ROW_BYTES * len(sizes_bytes)
+    if total_bytes > sealing.MAX_TOTAL_BYTES:
+        raise ConfigError(
+            f"found {total_bytes / 2**30:,.0f} GiB of photographs that may leave; a package may hold "
+            f"{sealing.MAX_TOTAL_BYTES >> 30}: store them smaller with --jpeg-quality 95, or contribute in parts"
+        )
+
+
+def _parts(sizes_bytes: Sequence[int]) -> list[range]:
+    """Cuts images into parts: few enough for a package, if it has room for all, and none too large for it.
+
+    A third of the parts that may be are for cuts by number, the others for cuts by size: a part that ends for its size
+    has its share of all bytes, so the two together are never too many.
+    """
+    total_bytes, max_cuts = sum(sizes_bytes) + _ROW_BYTES * len(sizes_bytes), contribution.MAX_SHARDS // 3
+    per_part = shard.IMAGES_PER_ROW_GROUP * max(1, -(-len(sizes_bytes) // (max_cuts * shard.IMAGES_PER_ROW_GROUP)))
+    share_bytes = total_bytes // (2 * max_cuts) + max(sizes_bytes, default=0) + _ROW_BYTES
+    max_bytes = min(contribution.MAX_SHARD_BYTES, max(_PART_BYTES, share_bytes))
+    parts, start, held_bytes = [], 0, 0
+    for index, size_bytes in enumerate(sizes_bytes):
+        held_bytes += size_bytes + _ROW_BYTES
+        if index - start == per_part or held_bytes > max_bytes:
+            parts.append(range(start, index))
+            start, held_bytes = index, size_bytes + _ROW_BYTES
+    return [*parts, range(start, len(sizes_bytes))]
 
 
 def _write_parts(
-    num_images: int, shards_path: Path, work_path: Path, rows_of: Callable[[range], Iterator[dict[str, Any]]]
+    sizes_bytes: Sequence[int],
+    shards_path: Path,
+    work_path: Path,
+    rows_of: Callable[[range], Iterator[dict[str, Any]]],
+    *,
+    content: Any,
 ) -> None:
-    """Writes one shard file a part; a part that an earlier run finished is kept."""
+    """Writes one shard file a part; what an earlier run finished of the same content is kept.
+
+    Args:
+        sizes_bytes: About how large each image is.
+        shards_path: The folder for the parts.
+        work_path: The folder of the work in progress.
+        rows_of: Gives the rows of a part.
+        content: Everything that decides the rows, JSON-able.
+    """
+    digest = lineage.digest_of(content).encode()
+    made_of_path = work_path / f"{shards_path.name}.made_of"
+    if not made_of_path.is_file() or made_of_path.read_bytes() != digest:
+        shutil.rmtree(shards_path, ignore_errors=True)
+        files.write(made_of_path, digest)
     shards_path.mkdir(parents=True, exist_ok=True)
-    for index, part in enumerate(_parts(num_images)):
+    for index, part in enumerate(_parts(sizes_bytes)):
         part_path = shards_path / f"part-{index:05d}.parquet"
         if not part_path.exists():
             partial = work_path / "part.partial"
@@ -528,8 +564,7 @@ def _write_account(path: Path, made: disclosure.Release, rules: disclosure.Polic
 def _write_private(path: Path, text: str) -> None:
     """Writes what stays at the site, readable by its owner alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.unlink(missing_ok=True)
-    signing.write_secret(path, text.encode())
+    files.write(path, text.encode(), mode=0o600)
 
 
 def _deidentified(
@@ -539,6 +574,7 @@ def _deidentified(
 
     Raises:
         NotFit: If too few of them may.
+        ConfigError: If they are more than a package may hold.
     """
     with _bar("de-identifying", len(found.usable)) as bar:
 
@@ -557,6 +593,7 @@ def _deidentified(
     findings = leaving.findings()
     for finding in findings:
         print(f"{finding.headline} ({'; '.join(finding.details)}). {finding.advice}", file=sys.stderr)
+    _require_room([(leaving.folder_path / outcome.file_name).stat().st_size for outcome in leaving.leaving])
     found = examination.narrowed(found, [found.usable[outcome.place] for outcome in leaving.leaving], findings)
     if not found.is_fit_for("images"):
         raise NotFit(examination.to_text(found), "images")
@@ -569,7 +606,7 @@ def _sent_cells(told: dict[str, Any], cells: dict[str, Any], visit: str, key: by
     ``visit`` is the pseudonym of a DICOM study, or blank. Free text that few patients share, visits as the site writes
     them and exact ages do not leave.
     """
-    measured = {name: cells[name] for name in MEASUREMENTS if name in cells}
+    measured = {name: cells[name] for name in metadata.MEASUREMENTS if name in cells}
     person = {"patient": deidentify.pseudonym(key, cells["patient"])} if "patient" in cells else {}
     study = {"visit": visit} if visit else {}
     return told | measured | person | study
@@ -584,7 +621,13 @@ def _write_real_shards(tasks: Sequence[_Task], shards_path: Path, work_path: Pat
                 bar.update()
                 yield row
 
-        _write_parts(len(tasks), shards_path, work_path, rows_of)
+        _write_parts(
+            [task.path.stat().st_size for task in tasks],
+            shards_path,
+            work_path,
+            rows_of,
+            content=[[task.path.name, task.cells, task.facts] for task in tasks],
+        )
         bar.update(len(tasks) - bar.n)  # parts that an earlier run finished
 
 
@@ -662,7 +705,7 @@ def _draw_shards(
     adapter_path: Path,
 ) -> None:
     """Draws photographs whose captions follow the released summary, never a patient's own row."""
-    from gretfound.generator import adapter, pipeline, sampling
+    from gretfound.generator import adapter, finetune, pipeline, sampling
 
     generator = pipeline.load_pipeline(base_path, adapter_path=adapter_path, device=recipe.device)
     generator_id = f"site-{storage.sha256_of(adapter_path / adapter.ADAPTER_TENSORS)[: lineage.ID_HEX_DIGITS]}"
@@ -693,7 +736,13 @@ def _draw_shards(
                 )
                 bar.update()
 
-        _write_parts(recipe.num_drawn, shards_path, work_path, rows_of)
+        _write_parts(
+            [3 * finetune.native_px(generator) ** 2] * recipe.num_drawn,
+            shards_path,
+            work_path,
+            rows_of,
+            content=[captions, cells, generator_id, asdict(recipe)],
+        )
         bar.update(recipe.num_drawn - bar.n)
 
 
@@ -829,14 +878,23 @@ def _require_file(path: Path) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.receipt is not None:
+        if arguments.hub is None and arguments.keys is None and arguments.package is None:
+            raise ConfigError(
+                "give --keys with the site's keys, or --hub with the hub's card, to verify a receipt with"
+            )
+        hub_path = arguments.hub or Keyring(folder_path=_keys_of(arguments), site_id="").hub_path
+        print(_receipt_in_words(arguments.receipt, hub_path, arguments.package), end="")
+        return EXIT_FIT
+    if arguments.package is None:
+        raise ConfigError("give the file to inspect, or --receipt with the hub's receipt")
     _require_file(arguments.package)
     if not sealing.is_sealed(arguments.package):
         package = sealing.read_draft(arguments.package)
     elif arguments.identity is not None:
         package = sealing.read_sealed(arguments.package, identities=strongbox.read_identities(arguments.identity))
     else:
-        site_id = arguments.package.name.rpartition("-")[0].rpartition("-")[0]
-        package = _remembered(arguments.keys or keyring.default_folder(site_id), arguments.package)
+        package = _remembered(_keys_of(arguments), arguments.package)
     if arguments.json:
         manifest = package.manifest.model_dump(mode="json")
         content = {"sha256": package.sha256, "size_bytes": package.size_bytes, "manifest": manifest}
@@ -844,6 +902,32 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         print(_in_words(package), end="")
     return EXIT_FIT
+
+
+def _keys_of(arguments: argparse.Namespace) -> Path:
+    """Returns the folder of the keys that were given, or of the site that a package is named after."""
+    if arguments.keys is not None:
+        return Path(arguments.keys)
+    return keyring.default_folder(arguments.package.name.rpartition("-")[0].rpartition("-")[0])
+
+
+def _receipt_in_words(path: Path, hub_path: Path, package_path: Path | None) -> str:
+    """Verifies a receipt with the hub's card, and that it is of a package, if there is one."""
+    card, _ = keyring.read_hub_card(hub_path)
+    for each in filter(None, (path, package_path)):
+        _require_file(each)
+    found = receipt.read(path.read_bytes(), receipt_key=card.receipt_key)
+    if package_path is not None and storage.sha256_of(package_path) != found.package_sha256:
+        raise ConfigError(f"{path} is the receipt of another package, {found.package_sha256}")
+    lines = [
+        f"Receipt   {path}; signed by the key on the hub's card",
+        f"Package   {found.package_sha256}",
+        f"Verdict   {found.verdict.lower()}{''.join(f', {code}' for code in found.codes)}",
+        *([f"Reason    {found.message}"] if found.message else []),
+        *([f"At the hub it is {found.contribution_id}"] if found.contribution_id else []),
+        f"Entry     {found.ledger.index} of the hub's ledger, {found.ledger.sha256}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _in_words(package: Package) -> str:

@@ -18,7 +18,6 @@ import os
 import tempfile
 import time
 import urllib.parse
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +26,7 @@ import fsspec
 import pyarrow
 from pyarrow import fs as arrow_fs
 
-from gretfound import lineage
+from gretfound import files, lineage
 from gretfound.errors import LineageError, StorageError
 from gretfound.lineage import File, RecordT
 
@@ -130,8 +129,7 @@ def write_bytes(uri: str, content: bytes) -> None:
     """
     opened, path = filesystem(uri)
     if isinstance(opened, arrow_fs.LocalFileSystem):
-        partial = _local_partial(Path(path), content)
-        partial.replace(path)
+        files.write(Path(path), content)
         return
     for attempt in range(1, UPLOAD_ATTEMPTS + 1):
         try:
@@ -154,14 +152,7 @@ def create_bytes(uri: str, content: bytes) -> bool:
     """
     opened, path = filesystem(uri)
     if isinstance(opened, arrow_fs.LocalFileSystem):
-        partial = _local_partial(Path(path), content)
-        try:
-            os.link(partial, path)  # the one local operation that fails if the name is taken and never tears
-        except FileExistsError:
-            return False
-        finally:
-            partial.unlink()
-        return True
+        return files.create(Path(path), content)
     remote, remote_path = fsspec.core.url_to_fs(uri)
     for attempt in range(1, UPLOAD_ATTEMPTS + 1):
         try:
@@ -179,16 +170,6 @@ def _wait_or_give_up(uri: str, attempt: int, error: OSError) -> None:
         raise StorageError(f"{uri} could not be written in {attempt} attempts: {error}") from error
     log.warning("%s was not written (attempt %d of %d): %s", uri, attempt, UPLOAD_ATTEMPTS, error)
     time.sleep(UPLOAD_PAUSE_S * 2 ** (attempt - 1))
-
-
-def _local_partial(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return partial
 
 
 def read_json(uri: str) -> Any:
@@ -231,10 +212,8 @@ def upload_file(path: Path, uri: str) -> None:
     """
     opened, target = filesystem(uri)
     if isinstance(opened, arrow_fs.LocalFileSystem):
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        partial = f"{target}.{uuid.uuid4().hex}.partial"
-        arrow_fs.copy_files(str(path), partial, source_filesystem=opened, destination_filesystem=opened)
-        Path(partial).replace(target)
+        with files.whole(Path(target)) as partial:
+            arrow_fs.copy_files(str(path), str(partial), source_filesystem=opened, destination_filesystem=opened)
         return
     local = arrow_fs.LocalFileSystem()
     for attempt in range(1, UPLOAD_ATTEMPTS + 1):
@@ -253,23 +232,32 @@ def download_file(uri: str, path: Path, *, sha256: str | None = None) -> None:
     """
     content_digest = hashlib.sha256()
     opened, source = filesystem(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with opened.open_input_stream(source) as stream, partial.open("wb") as target:
-            while chunk := stream.read(CHUNK_BYTES):
-                content_digest.update(chunk)
-                target.write(chunk)
-        if sha256 is not None and content_digest.hexdigest() != sha256:
-            raise StorageError(
-                f"{uri} is not what its record says: found SHA-256 {content_digest.hexdigest()}, required {sha256}; "
-                "restore the object or make the record again"
-            )
-        partial.replace(path)
+        with files.whole(path) as partial:
+            with opened.open_input_stream(source) as stream, partial.open("wb") as target:
+                while chunk := stream.read(CHUNK_BYTES):
+                    content_digest.update(chunk)
+                    target.write(chunk)
+            if sha256 is not None and content_digest.hexdigest() != sha256:
+                raise StorageError(
+                    f"{uri} is not what its record says: found SHA-256 {content_digest.hexdigest()}, required "
+                    f"{sha256}; restore the object or make the record again"
+                )
     except FileNotFoundError as error:
         raise StorageError(f"{uri} does not exist") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def size_of(uri: str) -> int:
+    """Returns how many bytes an object has.
+
+    Raises:
+        StorageError: If it is absent.
+    """
+    opened, path = filesystem(uri)
+    found = opened.get_file_info(path)
+    if found.type != arrow_fs.FileType.File:
+        raise StorageError(f"{uri} does not exist")
+    return int(found.size)
 
 
 def publish_folder(hub_uri: str, folder_path: Path, record: RecordT) -> RecordT:

@@ -2,6 +2,7 @@
 
     FOLDER/identity.txt     opens packages; on each machine that takes packages in
     FOLDER/recovery.txt     opens packages too; belongs offline, in a safe
+    FOLDER/receipt.pem      signs receipts; on the machine that takes packages in
     FOLDER/root-1.pem ...   sign the roster of sites; each belongs with another person
     FOLDER/hub.json         the hub's card, for sites
     FOLDER/anchor.txt       the fingerprint of the first roster's root
@@ -9,15 +10,18 @@
 The two identities are in the form of ``age-keygen``, so that `age --decrypt` reads them as well.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyrage
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from gretfound import signing, storage
 from gretfound.errors import ConfigError
 from gretfound.roster import HubCard, Root
 
 IDENTITY_NAME, RECOVERY_NAME = "identity.txt", "recovery.txt"
+RECEIPT_NAME = "receipt.pem"
 CARD_NAME, ANCHOR_NAME = "hub.json", "anchor.txt"
 SECRET_PREFIX = "AGE-SECRET-KEY-"
 
@@ -48,7 +52,8 @@ def make(folder_path: Path, *, num_root_keys: int, threshold: int) -> tuple[Root
         signing.write_secret(folder_path / name, text.encode())
     root = Root(threshold=threshold, public_keys=tuple(signing.public_hex(key.public_key()) for key in root_keys))
     online, recovery = (str(identity.to_public()) for identity in identities)
-    card = HubCard(recipients=(online, recovery))
+    receipt_key = signing.make_private_key(folder_path / RECEIPT_NAME)
+    card = HubCard(recipients=(online, recovery), receipt_key=signing.public_hex(receipt_key.public_key()))
     write_card(folder_path, card)
     storage.write_bytes(str(folder_path / ANCHOR_NAME), f"{root.fingerprint}\n".encode())
     return root, card
@@ -80,6 +85,20 @@ def read_identities(path: Path) -> tuple[str, ...]:
     if not found:
         raise ConfigError(f"{path} holds no readable age identity ({SECRET_PREFIX}1...); restore it from its copy")
     return found
+
+
+def recipients_of(identities: Sequence[str]) -> tuple[str, ...]:
+    """Returns the age recipients that identities open for."""
+    return tuple(str(pyrage.x25519.Identity.from_str(each).to_public()) for each in identities)
+
+
+def read_receipt_key(folder_path: Path) -> Ed25519PrivateKey:
+    """Reads the key that receipts are signed with.
+
+    Raises:
+        ConfigError: As `signing.read_private_key`.
+    """
+    return signing.read_private_key(folder_path / RECEIPT_NAME)
 
 
 def read_anchor(folder_path: Path) -> str:

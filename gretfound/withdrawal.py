@@ -4,7 +4,7 @@ Nothing is deleted. `HUB/withdrawals/SITE.json` says that a site has withdrawn: 
 and no new corpus takes its shards. `withdrawn.json` beside a record says that the artefact descends from the site.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gretfound import lineage, storage
@@ -67,6 +67,23 @@ def require_unmarked(hub_uri: str, record: lineage.Record) -> None:
             f"{record.id} descends from a site that has withdrawn; take its successor, which "
             "`python -m jobs.withdraw_site` names"
         )
+
+
+def require_unmarked_files(hub_uri: str, digests: Iterable[str]) -> None:
+    """Refuses files that are, byte for byte, those of an artefact that descends from a site that has withdrawn.
+
+    Args:
+        hub_uri: The hub.
+        digests: SHA-256 of each file, wherever it lies.
+
+    Raises:
+        LineageError: If one is of a marked artefact.
+    """
+    known = set(digests)
+    for kind in lineage.KINDS:
+        for record in storage.read_records(hub_uri, kind):
+            if any(file.sha256 in known for file in record.files):
+                require_unmarked(hub_uri, record)
 
 
 def _site_uri(hub_uri: str, site_id: str) -> str:

@@ -60,12 +60,13 @@ def pretrained_objective(path: Path) -> Any:
 def main(argv: list[str]) -> str:
     """Runs the job; returns the report's id."""
     config = load(Config, argv)
-    from gretfound import corpus, lineage, release, storage, tracking
+    from gretfound import corpus, lineage, release, storage, tracking, withdrawal
     from gretfound.evaluation import measurement, pictures, protocol, report
     from gretfound.lineage import Corpus, Encoder, Report
 
     hub_uri = storage.normalised(config.hub_uri)
     encoder = storage.read_record(hub_uri, config.encoder_id, Encoder)
+    withdrawal.require_unmarked(hub_uri, encoder)
     uris = [storage.normalised(uri) for uri in [*config.evaluation_uris, config.fitted_on_uri] if uri]
     sets = [protocol.read_evaluation_set(uri) for uri in uris]
     settings = {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}

@@ -78,11 +78,13 @@ def main(argv: list[str]) -> str:
     config = load(Config, argv)
     from tqdm import tqdm
 
-    from gretfound import fit, generator_evaluation, lineage, storage, synthesis
-    from gretfound.lineage import Generator, Report
+    from gretfound import fit, generator_evaluation, lineage, storage, synthesis, withdrawal
+    from gretfound.lineage import Encoder, Generator, Report
 
     hub_uri = storage.normalised(config.hub_uri)
     generators = synthesis.generators_of(hub_uri, config.generator_ids)
+    if config.encoder_id:
+        withdrawal.require_unmarked(hub_uri, storage.read_record(hub_uri, config.encoder_id, Encoder))
     settings: dict[str, Any] = {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}
     recipes = {lineage.recipe_id("evaluate_generator", settings, [each.id]): each for each in generators}
     finished = {recipe: storage.finished_record(hub_uri, recipe, Report) for recipe in recipes}

@@ -192,7 +192,7 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
                 base_id=work.base_id,
                 method="consistency" if is_student else terms.method,
                 resolution_px=terms.resolution_px,
-                num_images=terms.num_images,
+                num_images=held_out.num_trained_on,
                 images_seen=terms.images_seen,
                 final_loss=terms.final_loss,
             )

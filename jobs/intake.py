@@ -37,6 +37,7 @@ class LimitsConfig:
     memory_gib: float = setting(
         2.0, "address space; Ray gives as much memory to each package, so few are opened at once"
     )
+    package_gib: float = setting(66.0, "of a larger package nothing is read; a node needs three times as much disk")
     file_gib: float = setting(4.0, "largest file that it may write")
     cpu_s: int = setting(60, "CPU seconds, for an empty package")
     cpu_s_per_mib: float = setting(2.0, "CPU seconds more for each MiB of the package")
@@ -77,24 +78,28 @@ def main(argv: list[str]) -> str:
     """
     loaded = config.load(Config, argv)
 
-    from gretfound import admission, ledger, storage
+    from gretfound import admission, ledger, storage, strongbox
 
     hub_uri = storage.normalised(loaded.hub_uri)
     inbox_uri = storage.join(hub_uri, "inbox")
     uris = [storage.normalised(uri) for uri in loaded.package_uris] or storage.list_uris(inbox_uri)
     if not uris:
         raise ConfigError(f"found no package in {inbox_uri}; put some there or give package_uris")
+    keys_path = Path(loaded.keys_path) if loaded.keys_path else strongbox.default_folder(hub_uri)
+    receipt_key = strongbox.read_receipt_key(keys_path)
     book = ledger.Ledger(hub_uri)
     outcomes: dict[str, Outcome] = {}
-    for uri, outcome in admitted_as_they_end(hub_uri, uris, loaded):
+    for uri, outcome in admitted_as_they_end(hub_uri, uris, keys_path, loaded):
         if outcome.verdict:
-            admission.enter(book, hub_uri, outcome)
+            admission.enter(book, hub_uri, outcome, receipt_key=receipt_key)
         print(_in_words(outcome), file=sys.stderr)
         outcomes[uri] = outcome
     return _id_over(hub_uri, [outcomes[uri] for uri in dict.fromkeys(uris)])
 
 
-def admitted_as_they_end(hub_uri: str, uris: list[str], loaded: Config) -> "Iterator[tuple[str, Outcome]]":
+def admitted_as_they_end(
+    hub_uri: str, uris: list[str], keys_path: Path, loaded: Config
+) -> "Iterator[tuple[str, Outcome]]":
     """Admits packages in parallel, one Ray task each, and yields each outcome as soon as there is one.
 
     A site's packages may come in any order: one whose predecessor is missing is tried again while others are admitted,
@@ -105,7 +110,6 @@ def admitted_as_they_end(hub_uri: str, uris: list[str], loaded: Config) -> "Iter
     """
     from gretfound import admission, confinement, roster, strongbox
 
-    keys_path = Path(loaded.keys_path) if loaded.keys_path else strongbox.default_folder(hub_uri)
     known_sites, _ = roster.read_current(hub_uri, anchor=strongbox.read_anchor(keys_path))
     console.start_ray()
 
@@ -125,6 +129,7 @@ def admitted_as_they_end(hub_uri: str, uris: list[str], loaded: Config) -> "Iter
         "follows_lost": loaded.follows_lost,
         "limits": limits,
         "cpu_s_per_mib": loaded.limits.cpu_s_per_mib,
+        "max_package_bytes": int(loaded.limits.package_gib * 2**30),
         "is_reopened": loaded.is_reopened,
     }
     failures: list[GretfoundError] = []
@@ -153,7 +158,8 @@ def admitted_as_they_end(hub_uri: str, uris: list[str], loaded: Config) -> "Iter
 
 def _in_words(outcome: "Outcome") -> str:
     if outcome.code:
-        return f"{outcome.verdict.lower() or 'waits'}  {outcome.package_sha256[:12]}  {outcome.code}: {outcome.message}"
+        name = outcome.package_sha256[:12] or "not read"
+        return f"{outcome.verdict.lower() or 'waits'}  {name}  {outcome.code}: {outcome.message}"
     made = outcome.shard_set_id or outcome.generator_id
     return (
         f"accepted  {outcome.package_sha256[:12]}  {outcome.site_id} ({outcome.form}): {outcome.contribution_id} {made}"

@@ -160,8 +160,12 @@ def main(argv: list[str]) -> str:
         name: value for name, value in canonical(config).items() if name not in ("hub_uri", "cluster", "project")
     }
     starts_from_encoder = pretraining.names_encoder(weights_uri)
-    if weights_uri and not starts_from_encoder:
-        settings["initial_weights_sha256"] = pretraining.digest_initial_weights(hub_uri, weights_uri)
+    if starts_from_encoder:
+        withdrawal.require_unmarked(hub_uri, storage.read_record(hub_uri, weights_uri, Encoder))
+    elif weights_uri:
+        digests = pretraining.digest_initial_weights(hub_uri, weights_uri)
+        withdrawal.require_unmarked_files(hub_uri, digests)
+        settings["initial_weights_sha256"] = digests
     parents = (corpus.id, *([weights_uri] if starts_from_encoder else []))
     recipe = lineage.recipe_id("pretrain_encoder", settings, list(parents))
     if finished := storage.finished_record(hub_uri, recipe, Encoder):

@@ -10,7 +10,8 @@
 
 ``init`` makes the hub's keys, its card for sites and the first version. Every change is a new version, for 90 days. It
 is published once enough root keys have signed it; until then it lies in draft_path, for others to `sign`. ``renew``
-also takes new recipients and root keys. The last line is the id of the newest version, or the path of the draft.
+also takes new recipients, root keys and a new key for receipts. The last line is the id of the newest version, or the
+path of the draft.
 """
 
 import hashlib
@@ -47,6 +48,7 @@ class Config:
     num_root_keys: int = setting(3, "init: people who hold a root key")
     threshold: int = setting(0, "init and renew: how many of them must sign; 0: two at first, then as it is")
     recipients: list[str] = setting([], "renew: age recipients; the first two are on the card, more are still accepted")
+    receipt_public_path: str = setting("", "renew: the public key that verifies receipts from now on")
     root_public_paths: list[str] = setting(
         [], "renew: public root keys that sign from now on; the old ones sign this once"
     )
@@ -129,6 +131,7 @@ def _init(loaded: Config, hub_uri: str, keys_path: Path) -> str:
         expires=today + timedelta(days=roster.MAX_DAYS),
         root=root,
         recipients=card.recipients,
+        receipt_key=card.receipt_key,
         sites=(),
     )
     keys = [signing.read_private_key(path) for path in strongbox.root_paths(keys_path)]
@@ -158,6 +161,9 @@ def _changed(verb: str, loaded: Config, current: "Roster") -> "Roster":
             update: dict[str, object] = {}
             if loaded.recipients:
                 update["recipients"] = tuple(loaded.recipients)
+            if loaded.receipt_public_path:
+                key = signing.read_public_key(Path(loaded.receipt_public_path))
+                update["receipt_key"] = signing.public_hex(key)
             if loaded.root_public_paths:
                 keys = [signing.read_public_key(Path(path)) for path in loaded.root_public_paths]
                 public = tuple(signing.public_hex(key) for key in keys)

@@ -18,7 +18,7 @@ ANSWERS = {
 
 @dataclass
 class Faults:
-    """Which PUT requests fail, by a part of their path: the first ones of each path, in the order of ``kinds``.
+    """Which requests fail, by a part of their path: the first ones of each path, in the order of ``kinds``.
 
     ``slow down`` is 503, ``conflict`` 409, ``checksum`` a digest that does not fit; ``lost`` stores the object and
     closes the connection without an answer.
@@ -26,6 +26,7 @@ class Faults:
 
     kinds: tuple[str, ...]
     within: str
+    method: str = "PUT"
     made: Counter[str] = field(default_factory=Counter)
     _seen: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -33,7 +34,7 @@ class Faults:
     def next_for(self, method: str, path: str) -> str:
         """Returns how this request is to fail; empty: not at all."""
         path = urlsplit(path).path  # an upload in parts has another query at every attempt
-        if method != "PUT" or self.within not in path:
+        if method != self.method or self.within not in path:
             return ""
         with self._lock:
             turn = self._seen[path]

@@ -19,6 +19,10 @@ def answer(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) ->
         case "reject":
             report({"passed": "FIRST"})
             raise ContributionRejected("BAD_THING", "found a bad thing")
+        case "forge":
+            for line in request["lines"]:
+                report(line)
+            return {"rejected": {}}
         case "raise":
             raise ValueError("patient Smith")
         case "memory":
@@ -43,6 +47,12 @@ def answer(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) ->
                 return _tried(lambda: stranger.connect(("127.0.0.1", request["port"])))
         case "write outside":
             return _tried(lambda: Path(request["path"]).write_bytes(b"x"))
+        case "read outside":
+            return _tried(lambda: Path(request["path"]).read_bytes())
+        case "list outside":
+            return _tried(lambda: list(Path(request["path"]).iterdir()))
+        case "signal":
+            return _tried(lambda: os.kill(request["pid"], 0))
         case "link":
             return _tried(lambda: Path("link").symlink_to("/etc/passwd"))
         case "weigh":

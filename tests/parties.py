@@ -49,10 +49,17 @@ class Hub:
 
     def open(self, package_path: Path, into_path: Path | None, **changes: Any) -> Manifest:
         """Opens a package with this hub's identity and roster, today, unless ``changes`` say otherwise."""
-        known: dict[str, Any] = {"identities": self.identities, "today": datetime.now(UTC).date()}
+        identities = changes.pop("identities", self.identities)
+        known: dict[str, Any] = {
+            "own_recipients": strongbox.recipients_of(identities),
+            "today": datetime.now(UTC).date(),
+        }
         if "roster" not in changes:
             known["roster"] = self.roster
-        return sealing.open_sealed(package_path, into_path, **(known | changes))
+        with storage.scratch_folder() as folder:
+            tar_path = Path(folder) / "package.tar"
+            sealing.unseal(package_path, tar_path, identities=identities)
+            return sealing.unpack(tar_path, into_path, **(known | changes))
 
 
 def draft(ring: Keyring, staging_path: Path, draft_path: Path, **changes: Any) -> Package:

@@ -39,5 +39,5 @@ def write_summary(staging_path: Path, rows: Sequence[Cells], *, policy: Policy |
     folder_path.mkdir(parents=True, exist_ok=True)
     (folder_path / "metadata_summary.json").write_bytes(metadata.to_bytes(summary))
     report = disclosure.describe_for_hub(summary, policy=policy)
-    (folder_path / "disclosure_report.json").write_bytes(lineage.canonical_json(report))
+    (folder_path / "disclosure_report.json").write_bytes(lineage.canonical_json(report) + b"\n")
     return summary

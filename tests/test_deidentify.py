@@ -316,5 +316,5 @@ def test_shifted_date__keeps_intervals_and_moves_everybody_differently() -> None
 
 
 def test_methods__name_what_was_done() -> None:
-    assert deidentify.methods(has_year=False, has_characteristics=False) == "deid/1 113100 113101"
-    assert deidentify.methods(has_year=True, has_characteristics=True) == "deid/1 113100 113101 113107 113108"
+    assert deidentify.methods_of({"dr": 1}, has_year=False) == "deid/1 113100 113101"
+    assert deidentify.methods_of({"sex": "female"}, has_year=True) == "deid/1 113100 113101 113107 113108"

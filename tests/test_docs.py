@@ -54,6 +54,17 @@ def test_pages__named_modules_and_layers_exist(page: Path) -> None:
         assert (ROOT / layer).exists(), f"{page.name}: {layer}"
 
 
+def test_privacy__each_attack_has_its_tests() -> None:
+    rows = re.findall(r"^\| (?:(\d+): )?[^|]+\|[^|]+\| (`test[^|]*|`jobs[^|]*|`generator[^|]*)\|$",
+                      (ROOT / "docs" / "privacy.md").read_text(), re.MULTILINE)  # fmt: skip
+    assert {int(number) for number, _ in rows if number} == {*range(7, 20), 24}, "cases 7 to 19, and 24 for intake"
+    for number, names in rows:
+        tests = re.findall(r"`([\w/]+\.py)::(\w+)`", names)
+        assert tests, number
+        for path, name in tests:
+            assert f"def {name}(" in (ROOT / "tests" / path).read_text(), f"{path} has no {name}"
+
+
 def test_tree__no_photograph_and_nothing_large_is_committed() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
     for name in filter(None, listed.split("\0")):

@@ -1,13 +1,14 @@
 """A process that is fed a bomb dies alone: its work is refused, the next piece is done."""
 
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gretfound import isolation
+from gretfound import enclosure, isolation
 from gretfound.errors import ConfigError
 
 LIMITS = isolation.Limits(memory_bytes=2**30, cpu_s=2, wall_s=90.0)
@@ -35,6 +36,13 @@ def answer(request: dict[str, Any], content: bytes) -> isolation.Answer:
             except OSError:
                 return {"written": False}, b""
             return {"written": True}, b""
+        case "read":
+            try:
+                return {"read": len(Path(request["path"]).read_bytes())}, b""
+            except OSError:
+                return {"read": -1}, b""
+        case "limit":
+            return {"hard": resource.getrlimit(resource.RLIMIT_CPU)[1]}, b""
         case "die":
             os._exit(1)
     return {}, b""
@@ -59,6 +67,23 @@ def test_run__ends_what_goes_beyond_its_limits(tmp_path: Path) -> None:
             assert time.monotonic() - began_s < 60, "its own limit ends it, not that on the time of waiting"
             assert pool.run({"do": "reverse"}, b"ab")[1] == b"ba", "the next piece of work is done"
         assert pool.run({"do": "write"}, bytes(tmp_path / "x"))[0] == {"written": False}
+
+
+def test_run__reads_no_key_of_its_user(tmp_path: Path) -> None:
+    if not enclosure.has_landlock():
+        pytest.skip("this kernel has no Landlock")
+    (tmp_path / "site.key").write_bytes(b"secret")
+    with isolation.Pool("tests.test_isolation:answer", num_processes=1, limits=LIMITS) as pool:
+        assert pool.run({"do": "read", "path": str(tmp_path / "site.key")}, b"")[0] == {"read": -1}
+        assert pool.run({"do": "read", "path": isolation.__file__}, b"")[0]["read"] > 0
+
+
+def test_run__a_process_is_replaced_before_its_hard_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_MAX_PIECES", 2)
+    with isolation.Pool("tests.test_isolation:answer", num_processes=1, limits=LIMITS) as pool:
+        pids = [pool.run({"do": "reverse"}, b"")[0]["pid"] for _ in range(4)]
+        assert pids[0] == pids[1] != pids[2] == pids[3]
+        assert 0 < pool.run({"do": "limit"}, b"")[0]["hard"] < 10_000, "it could raise its own limit"
 
 
 def test_run__ends_what_takes_too_long() -> None:

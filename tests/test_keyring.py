@@ -41,6 +41,37 @@ def test_seal__goes_on_after_being_killed_between_any_two_steps(ring: Keyring, t
     assert {path.name for path in tmp_path.iterdir()} == {"aster", "aster.age", "hub", "hub.keys", "staging"}
 
 
+def test_seal__an_interrupted_package_keeps_its_number_when_another_is_sealed(
+    ring: Keyring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (
+        parties.draft(ring, tmp_path / "staging", tmp_path / f"{name}.tar").path for name in ("first", "second")
+    )
+    original = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.suffix == ".sealed":
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        keyring.seal(ring, first, tmp_path / "out" / "first.age", today=TODAY)
+    assert not (tmp_path / "out" / "first.age").exists()
+
+    (tmp_path / "out").rename(tmp_path / "unplugged")
+    with pytest.raises(ConfigError, match="its folder is not there now"):
+        keyring.seal(ring, second, tmp_path / "second.age", today=TODAY)
+    (tmp_path / "unplugged").rename(tmp_path / "out")
+    package = keyring.seal(ring, second, tmp_path / "second.age", today=TODAY)
+    found = keyring.find(ring.folder_path, tmp_path / "out" / "first.age")
+    assert found is not None and found.manifest.sequence == 1
+    assert (package.manifest.sequence, package.manifest.previous_sha256) == (2, found.sha256)
+    assert list((ring.folder_path / "sealed").glob("*.waiting")) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["first.age"]
+
+
 def test_seal__two_at_the_same_time_get_no_common_number(
     ring: Keyring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,8 +40,14 @@ ROWS = [
         "gretfound.tracking",
     },
     {"gretfound.gate", "gretfound.trial"},
-    {"gretfound.corpus", "gretfound.evaluation", "gretfound.generator", "gretfound.inspection"},
-    {"gretfound.duplicates", "gretfound.strongbox"},
+    {
+        "gretfound.corpus",
+        "gretfound.evaluation",
+        "gretfound.generator",
+        "gretfound.inspection",
+        "gretfound.screening",
+    },
+    {"gretfound.duplicates", "gretfound.receipt", "gretfound.strongbox"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
     {"gretfound.ledger", "gretfound.withdrawal"},
     {"gretfound.storage"},
@@ -64,8 +70,10 @@ ROWS = [
         "gretfound.isolation",
         "gretfound.lineage",
         "gretfound.metadata",
+        "gretfound.reasons",
         "gretfound.signing",
     },
+    {"gretfound.enclosure", "gretfound.files"},
     {"gretfound.config", "gretfound.errors"},
 ]
 JOBS = sorted(

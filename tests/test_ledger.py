@@ -115,11 +115,10 @@ def test_append__nothing_is_added_to_a_broken_chain(tmp_path: Path) -> None:
     assert not _path(tmp_path, 3).exists()
 
 
-def test_read_anchors__receipts_are_anchors(tmp_path: Path) -> None:
+def test_read_anchors__gives_back_what_was_written(tmp_path: Path) -> None:
     entry = ledger.append(str(tmp_path), event="rejected", subject="a")
-    receipt = {"verdict": "REJECTED", "ledger": {"index": 0, "sha256": entry.sha256}}
-    storage.write_json(str(tmp_path / "receipts" / "r.json"), receipt)
-    assert ledger.read_anchors(str(tmp_path / "receipts")) == [entry.anchor]
+    ledger.write_anchor(str(tmp_path / "anchors"), entry.anchor)
+    assert ledger.read_anchors(str(tmp_path / "anchors")) == [entry.anchor]
     with pytest.raises(StorageError, match="no anchor"):
         ledger.read_anchors(str(tmp_path / "absent"))
 

@@ -123,6 +123,34 @@ def test_prepare__an_identifier_left_keeps_back_the_whole_study(tmp_path: Path) 
     assert len(result.leaving) == 2
 
 
+def test_prepare__what_is_alike_within_the_field_of_view_leaves_once(tmp_path: Path) -> None:
+    photographs = []
+    for place, level in enumerate((0, 9, 9)):
+        pixels = dicoms.photograph()
+        pixels[:3, :3] = level  # in the corner, which is blackened
+        pixels[80, 60:70] = 255 if place < 2 else 200
+        path = tmp_path / "traindata" / f"{place}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        photographs.append(examination.Usable(path=path, image_id="", cells={"patient": f"P{place}"}, row=place + 2))
+    result = prepared(tmp_path, photographs)
+    assert [outcome.code for outcome in result.outcomes] == ["", "DUPLICATE", ""]
+    assert result.outcomes[0].image_id == result.outcomes[1].image_id != result.outcomes[2].image_id
+    assert "same pixels" in result.findings()[0].advice
+    lines = outgoing.ledger_text(result).splitlines()
+    assert lines[2].endswith(f",DUPLICATE,{result.outcomes[0].image_id}"), "its patient's photograph did leave"
+
+
+def test_prepare__with_another_key_there_are_other_pseudonyms(tmp_path: Path) -> None:
+    photographs = folder(tmp_path)[:1]
+    digests = {each.path: hashlib.sha256(each.path.read_bytes()).hexdigest() for each in photographs}
+    for key in (KEY, b"another key, of 32 bytes at least"):
+        result = outgoing.prepare(
+            photographs, root_path=tmp_path, digests=digests, key=key, work_path=tmp_path / "work", jpeg_quality=0
+        )
+        assert result.outcomes[0].visit == deidentify.uid_pseudonym(key, "1.2.826.0.1.11")
+
+
 def test_prepare__visit_that_is_a_date(tmp_path: Path) -> None:
     picture = tmp_path / "traindata" / "a.png"
     picture.parent.mkdir()

@@ -43,11 +43,11 @@ def _following(hub: Hub, **changes: object) -> Roster:
 def test_init__makes_keys_for_their_owner_alone_and_is_harmless_again(hub: Hub) -> None:
     first = hub.roster
     assert (first.version, first.root.threshold, len(first.root.public_keys), len(first.recipients)) == (1, 2, 3, 2)
-    secrets = ["identity.txt", "recovery.txt", "root-1.pem", "root-2.pem", "root-3.pem"]
+    secrets = ["identity.txt", "recovery.txt", "receipt.pem", "root-1.pem", "root-2.pem", "root-3.pem"]
     assert {(hub.keys_path / name).stat().st_mode & 0o777 for name in secrets} == {0o600}
     assert hub.change_roster("init") == "roster-00000001" and hub.roster == first
     card, _ = keyring.read_hub_card(hub.keys_path / "hub.json")
-    assert card.recipients == first.recipients
+    assert (card.recipients, card.receipt_key) == (first.recipients, first.receipt_key)
     assert strongbox.read_identities(hub.keys_path / "recovery.txt") != hub.identities
 
 

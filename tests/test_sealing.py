@@ -1,6 +1,7 @@
-"""Sealed packages: what `seal` writes, `open_sealed` opens; everything else it refuses, and leaves nothing behind."""
+"""Sealed packages: what `seal` writes, `unseal` and `unpack` open; all else they refuse, leaving nothing behind."""
 
 import base64
+import errno
 import hashlib
 import io
 import json
@@ -146,15 +147,15 @@ def resigned(
     return tar_of([*head, *(known.members[2:] if more is None else more)])
 
 
-def test_open_sealed__gives_back_what_was_sealed(known: Known, tmp_path: Path) -> None:
-    states: list[str] = []
-
-    def passed(state: str) -> None:
-        states.append(state)
-        assert list(tmp_path.iterdir()) == [], "a member was written before it was known who signed"
-
-    manifest = known.hub.open(known.package.path, tmp_path / "opened", on_passed=passed)
-    assert manifest == known.package.manifest and states == ["DECRYPTED", "SIGNED"]
+def test_unpack__gives_back_what_was_sealed(known: Known, tmp_path: Path) -> None:
+    seen: list[tuple[bytes, list[Path]]] = []
+    manifest = known.hub.open(
+        known.package.path,
+        tmp_path / "opened",
+        on_signed=lambda signatures: seen.append((signatures, list(tmp_path.iterdir()))),
+    )
+    assert seen == [(known.members[0][1], [])], "a member was written before it was known who signed"
+    assert manifest == known.package.manifest
     for each in manifest.files:
         assert (tmp_path / "opened" / each.path).read_bytes() == (known.staging / each.path).read_bytes()
     found = {path.relative_to(tmp_path / "opened").as_posix() for path in (tmp_path / "opened").rglob("*.*")}
@@ -167,7 +168,26 @@ def test_open_sealed__gives_back_what_was_sealed(known: Known, tmp_path: Path) -
         known.hub.open(known.package.path, tmp_path / "opened")
 
 
-def test_open_sealed__verifies_without_writing(known: Known, tmp_path: Path) -> None:
+def test_unseal__decrypts_and_looks_at_nothing(known: Known, tmp_path: Path) -> None:
+    sealed_path = known.sealed(b"no tar at all", tmp_path / "any.age")
+    sealing.unseal(sealed_path, tmp_path / "any.tar", identities=known.hub.identities)
+    assert (tmp_path / "any.tar").read_bytes() == b"no tar at all"
+
+
+def test_unseal__a_full_disk_is_no_damage(known: Known) -> None:
+    with pytest.raises(OSError) as caught:
+        sealing.unseal(known.package.path, Path("/dev/full"), identities=known.hub.identities)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_unseal__refuses_more_than_a_package_may_hold(known: Known, tmp_path: Path) -> None:
+    with (tmp_path / "large.age").open("wb") as stream:
+        stream.write(known.package.path.read_bytes())
+        stream.truncate(sealing.MAX_PACKAGE_BYTES + 1)
+    assert known.code_of(tmp_path / "large.age") == "TOO_LARGE"
+
+
+def test_unpack__verifies_without_writing(known: Known, tmp_path: Path) -> None:
     assert known.hub.open(known.package.path, None) == known.package.manifest
 
 
@@ -248,7 +268,7 @@ REGIONS: dict[str, tuple[str, set[str]]] = {
 
 
 @pytest.mark.parametrize("region", REGIONS)
-def test_open_sealed__accepts_no_flipped_byte(known: Known, tmp_path: Path, region: str) -> None:
+def test_unpack__accepts_no_flipped_byte(known: Known, tmp_path: Path, region: str) -> None:
     name, expected = REGIONS[region]
     rng = random.Random(region)
     if name:
@@ -271,12 +291,12 @@ def test_open_sealed__accepts_no_flipped_byte(known: Known, tmp_path: Path, regi
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 21, 22, 100, 600, -1, -16, -17])
-def test_open_sealed__refuses_a_cut_package(known: Known, tmp_path: Path, num_bytes: int) -> None:
+def test_unpack__refuses_a_cut_package(known: Known, tmp_path: Path, num_bytes: int) -> None:
     (tmp_path / "cut.age").write_bytes(known.package.path.read_bytes()[:num_bytes])
     assert known.code_of(tmp_path / "cut.age") == ("DAMAGED" if num_bytes not in (0, 1, 21) else "NOT_SEALED")
 
 
-def test_open_sealed__refuses_bytes_before_after_and_instead(known: Known, tmp_path: Path) -> None:
+def test_unpack__refuses_bytes_before_after_and_instead(known: Known, tmp_path: Path) -> None:
     content = known.package.path.read_bytes()
     for altered, code in (
         (content + b"\0", "DAMAGED"),
@@ -317,7 +337,7 @@ HOSTILE: dict[str, tuple[tuple[tarfile.TarInfo, bytes], str]] = {
 
 @pytest.mark.parametrize("place", ["behind", "first"])
 @pytest.mark.parametrize("case", HOSTILE)
-def test_open_sealed__refuses_hostile_members(known: Known, tmp_path: Path, case: str, place: str) -> None:
+def test_unpack__refuses_hostile_members(known: Known, tmp_path: Path, case: str, place: str) -> None:
     hostile, code = HOSTILE[case]
     first = [hostile, *known.members]
     plain = tar_of([*known.members, hostile] if place == "behind" else first)
@@ -325,9 +345,7 @@ def test_open_sealed__refuses_hostile_members(known: Known, tmp_path: Path, case
     assert found == code or (place == "first" and found == "NOT_ALLOWED")
 
 
-def test_open_sealed__refuses_a_sparse_terabyte_and_a_hundred_thousand_members_at_once(
-    known: Known, tmp_path: Path
-) -> None:
+def test_unpack__refuses_a_sparse_terabyte_and_a_hundred_thousand_members_at_once(known: Known, tmp_path: Path) -> None:
     huge = member("shards/part-00001.parquet", size=2**40)[0].tobuf(tarfile.GNU_FORMAT)
     octal = member("shards/part-00001.parquet", size=8**11 - 1)[0].tobuf(tarfile.USTAR_FORMAT)
     end = len(known.plain) - 1024
@@ -375,13 +393,13 @@ def test_open_sealed__refuses_a_sparse_terabyte_and_a_hundred_thousand_members_a
         ),
     ],
 )
-def test_open_sealed__refuses_a_dishonest_manifest_that_is_signed(
+def test_unpack__refuses_a_dishonest_manifest_that_is_signed(
     known: Known, tmp_path: Path, change: Callable[[Content], Any], code: str
 ) -> None:
     assert known.plain_code_of(resigned(known, change), tmp_path) == code
 
 
-def test_open_sealed__requires_the_members_to_be_those_of_the_manifest_both_ways(known: Known, tmp_path: Path) -> None:
+def test_unpack__requires_the_members_to_be_those_of_the_manifest_both_ways(known: Known, tmp_path: Path) -> None:
     more = [*known.members[2:], member("training/config.json")]
     assert known.plain_code_of(resigned(known, more=more), tmp_path) == "NOT_ALLOWED"
     assert known.plain_code_of(resigned(known, more=known.members[2:3]), tmp_path) == "MISSING_MEMBER"
@@ -393,7 +411,7 @@ def test_open_sealed__requires_the_members_to_be_those_of_the_manifest_both_ways
     assert known.plain_code_of(resigned(known, add), tmp_path) == "MISSING_MEMBER"
 
 
-def test_open_sealed__refuses_a_manifest_of_too_many_members(known: Known, tmp_path: Path) -> None:
+def test_unpack__refuses_a_manifest_of_too_many_members(known: Known, tmp_path: Path) -> None:
     def change(manifest: Content) -> None:
         part = manifest["files"][0]
         more = [part | {"path": f"shards/part-{index:05d}.parquet"} for index in range(100)]
@@ -414,7 +432,7 @@ def test_open_sealed__refuses_a_manifest_of_too_many_members(known: Known, tmp_p
         (b'"India"', b'"\xff"'),
     ],
 )
-def test_open_sealed__refuses_json_that_is_not_the_one_text(
+def test_unpack__refuses_json_that_is_not_the_one_text(
     known: Known, tmp_path: Path, found: bytes, instead: bytes
 ) -> None:
     content = known.members[1][1].replace(found, instead)
@@ -425,7 +443,7 @@ def test_open_sealed__refuses_json_that_is_not_the_one_text(
 
 
 # Case 14: who signed, for whom, and in which order.
-def test_open_sealed__requires_both_signatures(known: Known, tmp_path: Path) -> None:
+def test_unpack__requires_both_signatures(known: Known, tmp_path: Path) -> None:
     container, steward = known.keys()
     stranger = Ed25519PrivateKey.generate()
     for keys, code in (
@@ -440,7 +458,7 @@ def test_open_sealed__requires_both_signatures(known: Known, tmp_path: Path) -> 
         assert known.plain_code_of(resigned(known, keys=keys), tmp_path) == code
 
 
-def test_open_sealed__refuses_signatures_under_the_name_of_another_key(known: Known, tmp_path: Path) -> None:
+def test_unpack__refuses_signatures_under_the_name_of_another_key(known: Known, tmp_path: Path) -> None:
     container, steward = known.keys()
     envelope = envelope_of(known.members[1][1], [container, steward])
     by_id = {each["keyid"]: each for each in envelope["signatures"]}
@@ -449,7 +467,7 @@ def test_open_sealed__refuses_signatures_under_the_name_of_another_key(known: Kn
     assert known.plain_code_of(tar_of([*head, *known.members[2:]]), tmp_path) == "BAD_SIGNATURE"
 
 
-def test_open_sealed__refuses_signatures_over_another_manifest(known: Known, tmp_path: Path) -> None:
+def test_unpack__refuses_signatures_over_another_manifest(known: Known, tmp_path: Path) -> None:
     other = members_of(resigned(known, lambda manifest: manifest.update(num_images=4)))
     assert known.plain_code_of(tar_of([other[0], *known.members[1:]]), tmp_path) == "BAD_SIGNATURE"
 
@@ -473,7 +491,7 @@ def approved_by(keys: list[Ed25519PrivateKey], site_id: str = "aster") -> Callab
     return change
 
 
-def test_open_sealed__requires_keys_of_the_site_and_the_role(known: Known, tmp_path: Path) -> None:
+def test_unpack__requires_keys_of_the_site_and_the_role(known: Known, tmp_path: Path) -> None:
     container, steward = known.keys()
     others = known.keys(known.other_ring)
     for keys, site_id, code in (
@@ -490,7 +508,7 @@ def test_open_sealed__requires_keys_of_the_site_and_the_role(known: Known, tmp_p
     assert known.plain_code_of(resigned(known, keys=others), tmp_path) == "BAD_SIGNATURE"
 
 
-def test_open_sealed__requires_a_roster_in_force_and_keys_that_are_valid(tmp_path: Path) -> None:
+def test_unpack__requires_a_roster_in_force_and_keys_that_are_valid(tmp_path: Path) -> None:
     hub = parties.hub_at(tmp_path)
     ring = hub.join(tmp_path / "aster", "aster")
     write_staging(tmp_path / "staging")
@@ -516,7 +534,7 @@ def test_open_sealed__requires_a_roster_in_force_and_keys_that_are_valid(tmp_pat
     assert code_of() == "KEY_REVOKED"
 
 
-def test_open_sealed__refuses_what_was_sealed_for_another_hub(known: Known, tmp_path: Path) -> None:
+def test_unpack__refuses_what_was_sealed_for_another_hub(known: Known, tmp_path: Path) -> None:
     other = parties.hub_at(tmp_path)
     other.change_roster("admit", f"card_path={known.ring.card_path}")
     (tmp_path / "packages").mkdir()
@@ -533,7 +551,7 @@ def test_open_sealed__refuses_what_was_sealed_for_another_hub(known: Known, tmp_
     assert code_of(anew) == "NOT_FOR_THIS_HUB"
 
 
-def test_open_sealed__refuses_what_was_sealed_for_a_stranger_too(known: Known, tmp_path: Path) -> None:
+def test_unpack__refuses_what_was_sealed_for_a_stranger_too(known: Known, tmp_path: Path) -> None:
     stranger = str(pyrage.x25519.Identity.generate().to_public())
     online, recovery = known.roster.recipients
     for names in ([online, stranger], [online, recovery, stranger], [stranger, stranger], [recovery, recovery]):
@@ -541,7 +559,7 @@ def test_open_sealed__refuses_what_was_sealed_for_a_stranger_too(known: Known, t
         assert known.plain_code_of(plain, tmp_path) == "NOT_FOR_THIS_HUB"
 
 
-def test_open_sealed__notices_a_cut_behind_the_end_of_the_tar(known: Known, tmp_path: Path) -> None:
+def test_unpack__notices_a_cut_behind_the_end_of_the_tar(known: Known, tmp_path: Path) -> None:
     write_staging(tmp_path / "staging")
     for size_bytes in (900, 900 + 2**16 - len(known.plain) % 2**16):  # the second fills age's chunks of 64 KiB
         content = b"PAR1" + random.Random(1).randbytes(size_bytes)
@@ -614,6 +632,6 @@ def test_seal_and_open__memory_does_not_grow_with_the_package(tmp_path: Path) ->
     assert large_mib - small_mib < 48, "a package of 160 MiB"
 
 
-def test_open_sealed__opens_on_the_last_day(known: Known) -> None:
+def test_unpack__opens_on_the_last_day(known: Known) -> None:
     last = min(known.package.manifest.expires, known.roster.expires)
     assert known.hub.open(known.package.path, None, today=last) == known.package.manifest

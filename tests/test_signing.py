@@ -1,6 +1,7 @@
 """Keys and signed documents: one text a content, one file mode a secret, strict envelopes."""
 
 import json
+import os
 import stat
 from datetime import date
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_parse_document__refuses_other_fields_and_types(changes: dict[str, Any],
 def test_parse_json__refuses_what_readers_understand_differently(content: bytes) -> None:
     with pytest.raises(UnreadableDocument) as caught:
         signing.parse_json(content)
-    assert caught.value.code == "BAD_JSON"
+    assert caught.value.code == ("KEY_TWICE" if content.count(b'"a"') == 2 else "BAD_JSON")
 
 
 def test_parse_document__names_no_unknown_field_and_no_value() -> None:
@@ -139,6 +140,22 @@ def test_make_private_key__is_its_owners_alone_and_is_never_replaced(tmp_path: P
     path.chmod(0o640)
     with pytest.raises(ConfigError, match="chmod 600"):
         signing.read_private_key(path)
+
+
+def test_write_secret__is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", killed)  # before the bytes are sure to be on the disk
+        signing.write_secret(tmp_path / "secret", b"secret")
+    assert list(tmp_path.iterdir()) == []
+    signing.write_secret(tmp_path / "secret", b"secret")
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match="already"):
+        signing.write_secret(tmp_path / "secret", b"other")
+    assert (tmp_path / "secret").read_bytes() == b"secret"
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
 def test_read_private_key__a_locked_key_needs_its_passphrase(tmp_path: Path) -> None:

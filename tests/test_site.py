@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import pyrage
 import pytest
 import torch
 
-from gretfound import deidentify, disclosure, metadata, phantom, sealing, site
+from gretfound import contribution, deidentify, disclosure, fundus, metadata, phantom, sealing, shard, site
+from gretfound.errors import ConfigError
 from gretfound.generator import pipeline
 from tests import dicoms, parties, tiny_generator
 from tests.parties import Hub
@@ -363,6 +366,42 @@ def test_main__a_steward_with_a_passphrase_signs_after_reading(
     manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
     assert (manifest.site_id, len(rows)) == ("aster", NUM_IMAGES)
     assert site.main(arguments) == site.EXIT_FIT, "it finds the sealed package"
+
+
+@pytest.mark.parametrize("size_mib", [0.01, 2, 120])
+@pytest.mark.parametrize("num_images", [1, 300, 2000, 60_000])
+def test_parts__are_few_enough_and_none_is_too_large(size_mib: float, num_images: int) -> None:
+    rng = random.Random(0)
+    sizes = [int(size_mib * 2**20 * rng.choice((0.1, 1, 1, 1.5))) for _ in range(num_images)]
+    total_bytes = sum(sizes)
+    parts = site._parts(sizes)
+    assert [index for part in parts for index in part] == list(range(num_images))
+    if total_bytes > sealing.MAX_TOTAL_BYTES:
+        with pytest.raises(ConfigError, match="a package may hold 64"):
+            site._require_room(sizes)
+    else:
+        site._require_room(sizes)
+        assert len(parts) <= contribution.MAX_SHARDS
+    assert max(sum(sizes[index] for index in part) for part in parts) <= contribution.MAX_SHARD_BYTES
+    if num_images <= shard.IMAGES_PER_ROW_GROUP and total_bytes < 2**28:
+        assert len(parts) == 1
+
+
+def test_write_parts__keeps_what_was_made_of_the_same_content_alone(tmp_path: Path) -> None:
+    image = phantom.draw_eye(phantom.SITES["aster"], seed=0, size_px=SIZE_PX).image
+    asked: list[str] = []
+
+    def write(word: str) -> str:
+        def rows_of(part: range) -> Iterator[dict[str, Any]]:
+            asked.append(word)
+            yield shard.row_of(fundus.encode_png(image), site_id="aster", origin="real", cells={"camera": word})
+
+        site._write_parts([1], tmp_path / "package" / "shards", tmp_path, rows_of, content=[word])
+        (row,) = pq.read_table(tmp_path / "package" / "shards" / "part-00000.parquet").to_pylist()
+        return str(row["camera"])
+
+    assert [write("one"), write("one"), write("two")] == ["one", "one", "two"]
+    assert asked == ["one", "two"]
 
 
 def test_main__columns_lists_the_dictionary(capsys: pytest.CaptureFixture[str]) -> None:

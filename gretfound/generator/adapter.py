@@ -17,7 +17,6 @@ Checks of a contribution (trust.md, section 4; the codes begin with their names)
 W4 and W5 are judgements: what fails them is put aside for a person to look at. All others reject.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from gretfound import signing
 from gretfound.errors import ContributionRejected
 
 ADAPTER_TENSORS = "adapter.safetensors"
@@ -64,7 +64,6 @@ class AdapterTerms:
     target_modules: tuple[str, ...]
     base_sha256: str
     resolution_px: int
-    num_images: int
     images_seen: int
     final_loss: float
 
@@ -124,13 +123,13 @@ def read_terms(path: Path) -> AdapterTerms:
             text = stream.read(MAX_TERMS_BYTES + 1)
         if len(text) > MAX_TERMS_BYTES:
             raise ValueError("too long")
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+        content = signing.parse_json(text)
         terms = AdapterTerms(**{**content, "target_modules": tuple(content["target_modules"])})
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ContributionRejected(
             "ADAPTER_TERMS", f"{ADAPTER_TERMS} is not readable: {type(error).__name__}"
         ) from error
-    counts = (terms.rank, terms.resolution_px, terms.num_images, terms.images_seen)
+    counts = (terms.rank, terms.resolution_px, terms.images_seen)
     measures = (terms.alpha, terms.final_loss)
     if (
         terms.method not in ("lora", "full")
@@ -197,10 +196,10 @@ def read_header(path: Path, *, max_bytes: int = MAX_HEADER_BYTES) -> Header:
             raise _rejected("W0_HEADER", f"the weights' header is cut or longer than the {max_bytes} bytes that may be")
         text = stream.read(num_bytes)
     try:
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
-    except _Twice as error:
-        raise _rejected("W1_DUPLICATE_KEY", "the weights' header has a key twice") from error
-    except (ValueError, RecursionError) as error:
+        content = signing.parse_json(text)
+    except signing.UnreadableDocument as error:
+        if error.code == "KEY_TWICE":
+            raise _rejected("W1_DUPLICATE_KEY", "the weights' header has a key twice") from error
         raise _rejected("W0_HEADER", "the weights' header is not JSON") from error
     if not isinstance(content, dict):
         raise _rejected("W0_HEADER", "the weights' header is not a JSON object")
@@ -216,21 +215,6 @@ def read_header(path: Path, *, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     if 8 + num_bytes + end != size_bytes:
         raise _rejected("W2_OFFSETS", "the weights are cut, or bytes follow them")
     return Header(tensors=tensors, num_bytes=8 + num_bytes, has_metadata=has_metadata)
-
-
-class _Twice(ValueError):
-    pass
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _Twice
-    return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
 
 
 def _rejected(code: str, found: str) -> ContributionRejected:

@@ -168,7 +168,6 @@ def finetune_locally(
         target_modules=adapter.TARGET_MODULES if method == "lora" else (),
         base_sha256=base_sha256,
         resolution_px=side_px,
-        num_images=photographs.num_images,
         images_seen=summary.images_seen,
         final_loss=summary.final_loss,
     )

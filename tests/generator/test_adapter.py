@@ -27,7 +27,7 @@ SHAPES = {
 }
 TERMS = adapter.AdapterTerms(
     method="lora", rank=2, alpha=4.0, target_modules=("to_q", "to_out.0", "conv1"), base_sha256="0" * 64,
-    resolution_px=32, num_images=3, images_seen=8, final_loss=0.5,
+    resolution_px=32, images_seen=8, final_loss=0.5,
 )  # fmt: skip
 MEASURED = Measured(num_matrices=3, num_zero=0, norm_ratio=0.1, largest_singular_value=0.5, spectral_entropy=0.7)
 
@@ -148,8 +148,9 @@ def test_examine__rejects_bombs_within_a_second_and_100_mb(base_path: Path, tmp_
         "tests.hostile_work",
         {"attempt": "weigh", "adapter_path": str(folder), "base_path": str(base_path)},
         folder_path=tmp_path / "work",
+        readable_paths=[folder, base_path],
         limits=confinement.Limits(),
-        is_namespace_required=False,
+        is_strict=False,
     )
     found = reply.reports[-1]
     assert found["found"] == FAULTS[case]

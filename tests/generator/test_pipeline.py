@@ -16,7 +16,7 @@ from tests.tiny_generator import publish_base, unet_output, write_base
 
 TERMS = adapter.AdapterTerms(
     method="lora", rank=2, alpha=4.0, target_modules=adapter.TARGET_MODULES, base_sha256="", resolution_px=32,
-    num_images=3, images_seen=8, final_loss=0.5,
+    images_seen=8, final_loss=0.5,
 )  # fmt: skip
 
 

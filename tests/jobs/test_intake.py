@@ -3,13 +3,17 @@
 import concurrent.futures
 import hashlib
 import io
+import json
 import os
 import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,15 +26,21 @@ from PIL import Image
 from gretfound import (
     admission,
     confinement,
+    deidentify,
     disclosure,
     duplicates,
+    fine_tuning,
     fundus,
     keyring,
     ledger,
     lineage,
     phantom,
+    reasons,
+    receipt,
+    sealing,
     shard,
     storage,
+    strongbox,
     withdrawal,
 )
 from gretfound.admission import History
@@ -39,7 +49,8 @@ from gretfound.errors import ConfigError, ContributionRejected, LineageError
 from gretfound.generator import adapter, pipeline
 from gretfound.keyring import Keyring
 from gretfound.lineage import Contribution, Corpus, Generator, ShardSet, Site
-from jobs import assemble_corpus, intake, withdraw_site
+from gretfound.site import Recipe
+from jobs import assemble_corpus, evaluate_encoder, intake, pretrain_encoder, withdraw_site
 from tests import faulty_s3, hubs, odd_weights, parties, summaries, tiny_generator
 from tests.faulty_s3 import Faults
 from tests.parties import Hub
@@ -85,21 +96,27 @@ def _image_package(
     num_damaged: int = 0,
     first_seed: int = 0,
     odd_image: bytes = b"",
+    num_images_stated: int | None = None,
     words_in_footer: str = "",
     site_id: str = "aster",
     row_site_id: str = "",
+    row_changes: Mapping[str, Any] = MappingProxyType({}),
     summary: bytes = b"",
     told_by: Policy | None = None,
     **changes: Any,
 ) -> Path:
     staging_path = path.with_suffix("")
     (staging_path / "shards").mkdir(parents=True)
+    known = [{"sex": "female"}] * num_images
+    made_by = told_by or disclosure.read_policy("demonstration")
+    summary_made = summaries.write_summary(staging_path, known, policy=made_by)
+    told = disclosure.told_rows(known, summary_made, policy=made_by)
     rows = []
-    for seed in range(first_seed, first_seed + num_images):
+    for seed, cells in enumerate(told, start=first_seed):
         image = phantom.draw_eye(phantom.SITES["aster"], seed=seed, size_px=SIZE_PX).image
-        row = shard.row_of(
-            fundus.encode_png(image), site_id=row_site_id or site_id, origin="real", cells={"sex": "female"}
-        )
+        methods = deidentify.methods_of(cells, has_year=False)
+        place = {"site_id": row_site_id or site_id, "origin": "real"}
+        row = shard.row_of(fundus.encode_png(image), **place, cells=cells, deid_methods=methods) | row_changes
         if len(rows) < num_damaged:
             row["image"] = row["image"][:200]
         rows.append(row)
@@ -109,10 +126,10 @@ def _image_package(
     shard.write_shard_file(part_path, rows)
     if words_in_footer:
         pq.write_table(pq.read_table(part_path).replace_schema_metadata({"note": words_in_footer}), part_path)
-    summaries.write_summary(staging_path, [{"sex": "female"}] * num_images, policy=told_by)
     if summary:
         (staging_path / "summary" / "metadata_summary.json").write_bytes(summary)
-    return _seal(staging_path, path, **_terms("images", num_images, site_id=site_id, **changes))
+    stated = num_images if num_images_stated is None else num_images_stated
+    return _seal(staging_path, path, **_terms("images", stated, site_id=site_id, **changes))
 
 
 def _seal(staging_path: Path, path: Path, *, site_id: str, **terms: Any) -> Path:
@@ -154,7 +171,6 @@ def _weights_package(
         target_modules=adapter.TARGET_MODULES,
         base_sha256=stated_base_sha256 or base_sha256,
         resolution_px=32,
-        num_images=9,
         images_seen=64,
         final_loss=0.5,
     )
@@ -167,11 +183,11 @@ def _weights_package(
         (staging_path / "weights" / adapter.ADAPTER_TENSORS).write_bytes(content)
     if fault:
         odd_weights.spoil(staging_path / "weights" / adapter.ADAPTER_TENSORS, fault)
-    summaries.write_summary(staging_path, [{"sex": "female"}] * 9, policy=told_by)
+    summary = summaries.write_summary(staging_path, [{"sex": "female"}] * 9, policy=told_by)
     (staging_path / "training").mkdir()
-    (staging_path / "training" / "config.json").write_text("{}")
+    (staging_path / "training" / "config.json").write_text(json.dumps(asdict(Recipe())))
     (staging_path / "training" / "metrics.jsonl").write_text('{"images_seen":64,"loss":0.5}\n')
-    return _seal(staging_path, path, **_terms("weights", 9, base_sha256=base_sha256, **changes))
+    return _seal(staging_path, path, **_terms("weights", summary.num_images, base_sha256=base_sha256, **changes))
 
 
 def _publish_base(hub_uri: str, base_path: Path) -> Generator:
@@ -373,7 +389,7 @@ def test_main__quarantines_what_a_suspended_site_sends(hub: Hub, hub_uri: str, t
     assert (_records(hub_uri), _events(hub_uri)) == ([], [("quarantined", "SITE_SUSPENDED")])
 
 
-def _admit(hub: Hub, path: Path, *, policy: str = "demonstration", **limits: Any) -> admission.Outcome:
+def _admit(hub: Hub, path: Path | str, *, policy: str = "demonstration", **limits: Any) -> admission.Outcome:
     return admission.admit(
         hub.uri,
         str(path),
@@ -383,6 +399,28 @@ def _admit(hub: Hub, path: Path, *, policy: str = "demonstration", **limits: Any
         limits=confinement.Limits(**limits),
         cpu_s_per_mib=2.0,
     )
+
+
+def _enter(hub: Hub, outcome: admission.Outcome, book: ledger.Ledger | None = None) -> None:
+    key = strongbox.read_receipt_key(hub.keys_path)
+    admission.enter(book or ledger.Ledger(hub.uri), hub.uri, outcome, receipt_key=key)
+
+
+def test_admit__reads_nothing_of_what_is_too_large(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _image_package(tmp_path / "package.age", num_images=1)
+    monkeypatch.setattr(storage, "download_file", None)
+    outcome = admission.admit(
+        hub.uri,
+        str(path),
+        policy="demonstration",
+        keys_path=hub.keys_path,
+        roster=hub.roster,
+        limits=confinement.Limits(),
+        cpu_s_per_mib=2.0,
+        max_package_bytes=path.stat().st_size - 1,
+    )
+    assert (outcome.verdict, outcome.code) == ("", "TOO_LARGE")
+    assert not (tmp_path / "hub" / "admissions").exists()
 
 
 def test_admit__works_on_an_object_store(s3_hub: str, tmp_path: Path) -> None:
@@ -401,11 +439,12 @@ def test_admit__says_what_it_did_not_judge_and_writes_a_receipt(hub: Hub, tmp_pa
     assert "no privacy gate" in steps["PRIVACY"] and "no probes" in steps["BEHAVIOUR"]
     book = ledger.Ledger(hub.uri)
     for _ in range(2):
-        admission.enter(book, hub.uri, outcome)
+        _enter(hub, outcome, book)
     receipts_uri = storage.join(hub.uri, "receipts")
     (uri,) = storage.list_uris(receipts_uri)
-    receipt = storage.read_json(uri)
-    assert (receipt["verdict"], receipt["contribution_id"]) == ("ADMITTED", outcome.contribution_id)
+    found = receipt.read(storage.read_bytes(uri), receipt_key=hub.roster.receipt_key)
+    assert (found.package_sha256, found.verdict, found.codes) == (outcome.package_sha256, "ADMITTED", ())
+    assert found.contribution_id == outcome.contribution_id
     assert ledger.verify(hub.uri, anchors=ledger.read_anchors(receipts_uri))
     (tmp_path / "hub" / "ledger" / "00000002.json").unlink()
     with pytest.raises(LineageError, match="entry 2 is the first bad one"):
@@ -419,7 +458,7 @@ def test_admit__two_workers_race_for_one_verdict(s3_hub: str, tmp_path: Path) ->
         outcomes = list(pool.map(lambda _: _admit(hub, path), range(3)))
     assert outcomes[0] == outcomes[1] == outcomes[2]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda each: admission.enter(ledger.Ledger(hub.uri), hub.uri, each), outcomes))
+        list(pool.map(lambda each: _enter(hub, each), outcomes))
     states = [step.state for step in History(hub.uri, outcomes[0].package_sha256).steps]
     assert states == [*admission.STATES, "ADMITTED"]
     assert _events(hub.uri) == [("accepted", "")]
@@ -555,23 +594,86 @@ def _odd_image(case: str) -> bytes:
 )
 def test_admit__rejects_image_bombs_and_lives_on(hub: Hub, tmp_path: Path, case: str, code: str) -> None:
     path = _image_package(tmp_path / "package.age", num_images=2, odd_image=_odd_image(case))
+    sealing.unseal(path, tmp_path / "package.tar", identities=hub.identities)
     reply = confinement.run(
         "gretfound.opening",
         {
-            "task": "open",
-            "package_path": str(path),
+            "task": "screen",
+            "tar_path": str(tmp_path / "package.tar"),
             "into_path": str(tmp_path / "work" / "opened"),
-            "identities": hub.identities,
+            "own_recipients": strongbox.recipients_of(hub.identities),
             "roster": hub.roster.to_bytes().decode(),
             "policy": "demonstration",
             "today": datetime.now(UTC).date().isoformat(),
         },
         folder_path=_made(tmp_path / "work"),
+        readable_paths=[tmp_path / "package.tar"],
         limits=confinement.Limits(),
-        is_namespace_required=False,
+        is_strict=False,
     )
     assert reply.code == code
     assert 0 < reply.peak_bytes < 300 * 2**20
+
+
+def test_admit__only_the_process_that_parses_nothing_has_the_identity(
+    hub: Hub, tmp_path: Path, base_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _publish_base(hub.uri, base_path)
+    path = _weights_package(tmp_path / "package.age", base_path)
+    requests: list[dict[str, Any]] = []
+    original = confinement.run
+
+    def watched(module: str, request: dict[str, Any], **terms: Any) -> confinement.Reply:
+        requests.append(request)
+        left = [each.name for each in terms["folder_path"].parent.rglob("*.tar")]
+        assert left == (["package.tar"] if request["task"] == "screen" else []), "decrypted bytes lie there too long"
+        return original(module, request, **terms)
+
+    monkeypatch.setattr(confinement, "run", watched)
+    assert _admit(hub, path).verdict == "ADMITTED"
+    assert [request["task"] for request in requests] == ["unseal", "screen", "weigh"]
+    has_secret = [any(identity in json.dumps(request) for identity in hub.identities) for request in requests]
+    assert has_secret == [True, False, False]
+
+
+def test_admit__repeats_no_word_of_the_process_that_parses(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _image_package(tmp_path / "package.age", num_images=1)
+    original = confinement.run
+
+    def taken_over(module: str, request: dict[str, Any], **terms: Any) -> confinement.Reply:
+        if request["task"] == "screen":
+            module, request = "tests.hostile_work", {"attempt": "reject"}
+        return original(module, request, **terms)
+
+    monkeypatch.setattr(confinement, "run", taken_over)
+    outcome = _admit(hub, path)
+    assert (outcome.verdict, outcome.code, outcome.message) == ("QUARANTINED", "CRASHED", reasons.WORDS["CRASHED"])
+    kept = storage.read_json(storage.join(hub.uri, "quarantine", outcome.package_sha256, "reason.json"))
+    assert kept["message"] == reasons.WORDS["CRASHED"]
+
+
+def test_admit__believes_no_manifest_without_its_signatures(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.join(tmp_path / "birch.keys", "birch")
+    path = _image_package(tmp_path / "package.age", num_images=4)
+    original = confinement.run
+
+    def taken_over(module: str, request: dict[str, Any], **terms: Any) -> confinement.Reply:
+        reply = original(module, request, **terms)
+        if request["task"] != "screen":
+            return reply
+        signed, manifest = reply.reports[0], json.loads(reply.reports[1]["manifest"])
+        manifest["site_id"] = "birch"
+        lines = [signed, {"manifest": lineage.canonical_json(manifest).decode()}, {"state": "STRUCTURE"}]
+        return original("tests.hostile_work", {"attempt": "forge", "lines": lines}, **terms)
+
+    monkeypatch.setattr(confinement, "run", taken_over)
+    outcome = _admit(hub, path)
+    assert (outcome.verdict, outcome.code) == ("QUARANTINED", "CRASHED")
+    assert storage.list_names(storage.join(hub.uri, "sequence", "birch")) == [], "another site's number was taken"
 
 
 def _made(path: Path) -> Path:
@@ -596,13 +698,13 @@ def test_admit__keeps_no_hidden_bytes_of_a_shard(hub: Hub, tmp_path: Path) -> No
     assert b"MRN 12345" not in storage.read_bytes(storage.join(hub.uri, part.path))
 
 
-def _through_faults(hub: Hub, path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> admission.Outcome:
+def _through_faults(hub: Hub, path: Path | str, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> admission.Outcome:
     monkeypatch.setattr(storage, "UPLOAD_PAUSE_S", 0.01)
     with faulty_s3.serve(os.environ["AWS_ENDPOINT_URL"], faults) as endpoint, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         s3fs.S3FileSystem.clear_instance_cache()  # it remembers the endpoint
         outcome = _admit(hub, path)
-        admission.enter(ledger.Ledger(hub.uri), hub.uri, outcome)
+        _enter(hub, outcome)
     s3fs.S3FileSystem.clear_instance_cache()
     return outcome
 
@@ -629,6 +731,20 @@ def test_admit__gives_one_verdict_through_a_faulty_bucket(
     assert _events(hub.uri) == [("accepted", "")] and len(_records(hub.uri)) == 3
     assert _admit(hub, path) == outcome
     assert not [uri for uri in storage.list_uris(hub.uri) if "partial" in uri]
+
+
+@pytest.mark.slow
+def test_admit__reads_through_a_bucket_that_is_slow_to_answer(
+    s3_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = _s3_hub(storage.join(s3_hub, "slow-to-read"), tmp_path)
+    path = _image_package(tmp_path / "package.age", num_images=2, first_seed=90)
+    uri = storage.join(hub.uri, "inbox", "package.age")
+    storage.upload_file(path, uri)
+    faults = Faults(kinds=("slow down", "slow down"), within="package.age", method="GET")
+    outcome = _through_faults(hub, uri, faults, monkeypatch)
+    assert faults.made["slow down"] == 2
+    assert (outcome.verdict, outcome.package_sha256) == ("ADMITTED", storage.sha256_of(path))
 
 
 def _mixed_packages(hub: Hub, folder_path: Path, base_path: Path, *, num: int) -> dict[Path, str]:
@@ -658,6 +774,8 @@ def _mixed_packages(hub: Hub, folder_path: Path, base_path: Path, *, num: int) -
         "gif": ({"odd_image": _odd_image("GIF")}, "IMAGE_NOT_A_PHOTOGRAPH"),
         "theirs": ({"row_site_id": "birch"}, "SITE_MISMATCH"),
         "unsummed": ({"summary": b"{}"}, "BAD_SUMMARY"),
+        "known": ({"row_changes": {"patient": "Jane Doe"}}, "NOT_DEIDENTIFIED"),
+        "miscounted": ({"num_images_stated": 3}, "COUNT_MISMATCH"),
     }
     for name, (changes, code) in images.items():
         found[_image_package(folder_path / f"{name}.age", num_images=2, **join(name), **changes)] = code
@@ -745,10 +863,17 @@ def test_withdraw_site__marks_what_descends_and_makes_the_successor(hub: Hub, tm
     corpus_id = assemble_corpus.main([at_hub, "temperature=0.5"])
     alone_id = assemble_corpus.main([at_hub, "temperature=0.5", f"shard_set_ids=[{ours.shard_set_id}]"])
     terms = {"objective": "mae", "image_size_px": 64, "images_seen": 1, "final_loss": 0.0}
-    first = lineage.Encoder(parents=(corpus_id,), architecture="a", **terms)  # type: ignore[arg-type]
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "model.safetensors").write_bytes(b"weights")
+    first = storage.publish_folder(
+        hub_uri,
+        tmp_path / "encoder",
+        lineage.Encoder(parents=(corpus_id,), architecture="a", **terms),  # type: ignore[arg-type]
+    )
     second = lineage.Encoder(parents=(first.id,), architecture="b", **terms)  # type: ignore[arg-type]
     unrelated = lineage.Encoder(parents=(theirs.id,), architecture="c", **terms)  # type: ignore[arg-type]
-    for record in (first, second, unrelated):
+    released = lineage.Release(parents=(first.id,), name="r", licence="CC BY-NC 4.0")
+    for record in (second, unrelated, released):
         storage.write_record(hub_uri, record)
 
     withdrawal_id = withdraw_site.main([at_hub, "site_id=aster"])
@@ -772,5 +897,13 @@ def test_withdraw_site__marks_what_descends_and_makes_the_successor(hub: Hub, tm
         assemble_corpus.main([at_hub, f"shard_set_ids=[{ours.shard_set_id}]"])
     with pytest.raises(LineageError, match="has withdrawn"):
         withdrawal.require_unmarked(hub_uri, first)
+    (tmp_path / "copy.safetensors").write_bytes(b"weights")
+    for uri in (first.id, second.id, tmp_path / "copy.safetensors"):
+        with pytest.raises(LineageError, match="has withdrawn"):
+            pretrain_encoder.main([at_hub, f"corpus_id={successor_id}", f"initial_weights_uri={uri}"])
+    with pytest.raises(LineageError, match="has withdrawn"):
+        evaluate_encoder.main([at_hub, f"encoder_id={first.id}", "evaluation_uris=[nowhere]"])
+    with pytest.raises(LineageError, match="has withdrawn"):
+        fine_tuning.fetch_release(storage.record_uri(hub_uri, released), tmp_path / "cache")
     with pytest.raises(ConfigError, match="nothing of a site"):
         withdraw_site.main([at_hub, "site_id=cedar"])
