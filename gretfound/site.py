@@ -705,7 +705,7 @@ def _draw_shards(
     adapter_path: Path,
 ) -> None:
     """Draws photographs whose captions follow the released summary, never a patient's own row."""
-    from gretfound.generator import adapter, finetune, pipeline, sampling
+    from gretfound.generator import adapter, latents, pipeline, sampling
 
     generator = pipeline.load_pipeline(base_path, adapter_path=adapter_path, device=recipe.device)
     generator_id = f"site-{storage.sha256_of(adapter_path / adapter.ADAPTER_TENSORS)[: lineage.ID_HEX_DIGITS]}"
@@ -737,7 +737,7 @@ def _draw_shards(
                 bar.update()
 
         _write_parts(
-            [3 * finetune.native_px(generator) ** 2] * recipe.num_drawn,
+            [3 * latents.native_px(generator) ** 2] * recipe.num_drawn,
             shards_path,
             work_path,
             rows_of,
