@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 for success or fit, 1 for not fit, 2 for a wrong command or a failure."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every autoencoder but its largest one
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which no site needs
     command = {
         "check": _check,
         "contribute": _contribute,
