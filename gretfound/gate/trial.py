@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from gretfound import metadata
 from gretfound.evaluation import distances, metrics, probe
-from gretfound.evaluation.features import scattering_space
+from gretfound.evaluation.scattering import scattering_space
 from gretfound.fundus import Photograph
 from gretfound.gate import checks, comparison, exposure
 from gretfound.gate import controls as planted

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gretfound import metadata
-from gretfound.evaluation.features import scattering_space
+from gretfound.evaluation.scattering import scattering_space
 from gretfound.fundus import Photograph
 from gretfound.gate import eyes, policy, trial
 from gretfound.gate.verdict import Check, overall
