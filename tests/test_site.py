@@ -300,6 +300,7 @@ def test_main__contribute_writes_nothing_where_too_few_are_held_out(
     assert not list(tmp_path.glob("*.releases.json")), "nothing was released"
 
 
+@pytest.mark.slow
 def test_main__contribute_writes_nothing_where_the_gate_says_fail(
     larger_site_path: Path,
     gate_eye_path: Path,

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import timm
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from gretfound import fundus
 from gretfound.encoder import folder

@@ -1,4 +1,4 @@
-"""The fixed space of features without learning: the wavelet scattering of a photograph. It needs no file and no library.
+"""The fixed space of features without learning: the wavelet scattering of a photograph; it needs torch alone.
 
 Legend of tensor suffixes: B photographs, C channels, H rows, W columns, L orientations, D features.
 """
