@@ -123,12 +123,13 @@ def find_copies(sights: Mapping[str, Sight], *, trained_N: Ints, held_out_H: Int
         for block in blocks:
             block_S = near_SN[:, block].any(axis=1)
             p_values.append(mcnemar_p(int((block_S & ~control_S).sum()), int((control_S & ~block_S).sum())))
-        flagged_S = near_SN.any(axis=1)
+        flagged_S: Bools = np.any(near_SN, axis=1)
+        seen_of_held_out_S: Bools = np.any(near_SH, axis=1)
         excesses.append(float(flagged_S.mean() - control_S.mean() * num_trained / len(control)))
         is_flagged_S |= flagged_S
         is_control_S |= control_S
         found_N |= _nearest(sight.to_trained, flagged_S)
-        found_H |= _nearest(sight.to_held_out, near_SH.any(axis=1))
+        found_H |= _nearest(sight.to_held_out, seen_of_held_out_S)
     people, controls = len(np.unique(trained_N)), len(np.unique(held_out_H))
     num_found, num_controls = len(np.unique(trained_N[found_N])), len(np.unique(held_out_H[found_H]))
     return Copies(
