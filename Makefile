@@ -1,4 +1,4 @@
-# make demo | test | bench | bench-NAME | lint | site-image | setup; each sets up what it needs.
+# make demo | test | bench | bench-NAME | gate-power | lint | site-image | setup; each sets up what it needs.
 SHELL := /bin/bash
 HUB ?= runs/demo
 SITES ?=
@@ -9,7 +9,7 @@ export PATH := $(PYTHON_IN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 export AWS_EC2_METADATA_DISABLED ?= true
 
-.PHONY: setup demo test test-slow bench lint site-image
+.PHONY: setup demo test test-slow bench gate-power lint site-image
 
 setup:
 	@.ci/environment
@@ -28,6 +28,9 @@ bench: setup
 
 bench-%: setup
 	python -m tests.bench $*
+
+gate-power: setup
+	python -m tests.gate_power
 
 lint: setup
 	ruff format --check .

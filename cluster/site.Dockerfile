@@ -35,6 +35,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 COPY LICENSE ./
 COPY gretfound gretfound
 COPY conf/disclosure conf/disclosure
+COPY conf/gate conf/gate
 RUN echo /opt/gretfound > /opt/venv/lib/python3.11/site-packages/gretfound.pth \
     && printf '#!/opt/venv/bin/python\nimport sys\nfrom gretfound.site import main\nsys.exit(main())\n' \
         > /opt/venv/bin/gretfound-site \

@@ -36,6 +36,8 @@ from gretfound import (
 )
 from gretfound.confinement import Limits, Reply
 from gretfound.errors import ContributionRejected, StorageError
+from gretfound.gate import policy as gate_policy
+from gretfound.gate import report as gate_report
 from gretfound.generator import adapter
 from gretfound.generator.adapter import UNET_WEIGHTS
 from gretfound.lineage import Contribution, File, Generator, ShardSet, Site
@@ -287,8 +289,8 @@ def _judge(case: _Case) -> Opened | None:
         else:
             case.history.add("WEIGHTS", message="passed without a judgement: this form has none")
         case.history.add("SUMMARY")
-        for state, absent in (("PRIVACY", "no privacy gate at intake"), ("BEHAVIOUR", "no probes of what is drawn")):
-            case.history.add(state, message=f"passed without a judgement: this version has {absent}")
+        _judge_privacy(case, opened)
+        case.history.add("BEHAVIOUR", message="passed without a judgement: this version has no probes of what is drawn")
         case.history.add("ADMITTED", measured={"site_id": manifest.site_id})
     except _TooEarly:
         raise
@@ -422,6 +424,23 @@ def _judge_weights(case: _Case, opened: Opened) -> Opened:
         raise ContributionRejected(code, words)
     case.history.add("WEIGHTS", measured=asdict(measured))
     return replace(opened, measured=measured)
+
+
+def _judge_privacy(case: _Case, opened: Opened) -> None:
+    """Holds the site's own gate report against this hub's policy: nothing leaves a site without one, and it says so."""
+    if opened.manifest.form == "images":
+        case.history.add("PRIVACY", message="passed without a judgement: this form has no generator")
+        return
+    path = opened.path / gate_report.PATH
+    if not path.is_file():
+        raise ContributionRejected("GATE_MISSING", "the package holds no report of the privacy gate; contribute again")
+    weights = (file.sha256 for file in opened.manifest.files if file.path == "weights/adapter.safetensors")
+    report = gate_report.require(
+        path.read_bytes(),
+        policies={name: gate_policy.read_policy(name).stamp for name in ("standard", case.policy)},
+        weights_sha256=next(weights, None),
+    )
+    case.history.add("PRIVACY", measured={"policy": report.policy, "verdict": report.verdict})
 
 
 def _weigh(case: _Case, opened: Opened) -> adapter.Measured:

@@ -19,7 +19,7 @@ from gretfound.metadata import MetadataSummary
 
 FORMS = ("weights", "images", "synthetic")
 MAX_MEMBERS = 64
-MAX_SHARDS = MAX_MEMBERS - 6
+MAX_SHARDS = MAX_MEMBERS - 7
 MAX_JSON_BYTES = 16 * 2**20
 MAX_WEIGHTS_BYTES = 4 * 2**30
 MAX_SHARD_BYTES = 2 * 2**30
@@ -63,6 +63,12 @@ _TRAINING = (
         max_bytes=MAX_JSON_BYTES,
     ),
 )
+_GATE = Place(
+    pattern=r"privacy/gate_report\.json",
+    role="privacy",
+    contains="what the privacy gate found, as counts and figures; no photograph, no patient",
+    max_bytes=MAX_JSON_BYTES,
+)
 PLACES: dict[str, tuple[Place, ...]] = {
     "weights": (
         Place(
@@ -80,6 +86,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
         _SUMMARY,
         _DISCLOSURE,
         *_TRAINING,
+        _GATE,
     ),
     "images": (
         Place(
@@ -101,6 +108,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
         _SUMMARY,
         _DISCLOSURE,
         *_TRAINING,
+        _GATE,
     ),
 }
 TAKEN_OUT = ("unreadable", "not_the_named_photograph")  # why a row does not stay, where the others do

@@ -32,9 +32,9 @@ from gretfound import (
     examination,
     files,
     fundus,
+    gatehouse,
     keyring,
     lineage,
-    matching,
     metadata,
     outgoing,
     receipt,
@@ -47,7 +47,9 @@ from gretfound import (
     trial,
 )
 from gretfound.errors import ConfigError, GretfoundError
-from gretfound.examination import POLICIES, Examination, SitePolicy, Usable
+from gretfound.examination import POLICIES, Examination, SitePolicy
+from gretfound.gate import policy as gate_policy
+from gretfound.gate import report as gate_report
 from gretfound.generator.adapter import UNET_WEIGHTS
 from gretfound.keyring import Keyring
 from gretfound.sealing import Package
@@ -71,6 +73,17 @@ class NotFit(GretfoundError):
 
     def __init__(self, report: str, form: str) -> None:
         super().__init__(f"{report}\nThis folder is not fit for the form {form!r}; nothing was made.")
+
+
+class GateClosed(GretfoundError):
+    """The privacy gate lets nothing of this generator leave; the report says why, and what the site can do."""
+
+    def __init__(self, report: gate_report.Report, page_path: Path) -> None:
+        page = f"\nThe pictures behind it, for your security officer (they stay here): {page_path}"
+        super().__init__(
+            f"{gate_report.to_text(report)}Nothing was packed, and nothing leaves; docs/sites.md says what you can do."
+            + (page if page_path.exists() else "")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_USAGE
-    except NotFit as error:
+    except (NotFit, GateClosed) as error:
         print(error, file=sys.stderr)
         return EXIT_NOT_FIT
     except GretfoundError as error:
@@ -273,6 +286,7 @@ def contribute(
     Raises:
         ConfigError: If the arguments do not fit together.
         NotFit: If the folder is not fit for the form.
+        GateClosed: If the privacy gate does not let the generator leave.
         NonFiniteLoss: If the training diverged.
     """
     _require_site_id(site_id)
@@ -284,12 +298,20 @@ def contribute(
         raise ConfigError("--method full is for the demonstration policy; the hub admits low-rank factors (lora) only")
     ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
     today = today or datetime.now(UTC).date()
-    rules = disclosure.read_policy(policy.name)
+    rules, gate = disclosure.read_policy(policy.name), gate_policy.read_policy(policy.name)
     if min_patients_per_cell is not None:
         rules = rules.raised_to(min_patients_per_cell)
     digests = _digests_of_files(folder_path)
     work_id = _digest_of_inputs(
-        folder_path, digests, site_id=site_id, form=form, policy=policy, rules=rules, recipe=recipe, base=base
+        folder_path,
+        digests,
+        site_id=site_id,
+        form=form,
+        policy=policy,
+        rules=rules,
+        gate=gate,
+        recipe=recipe,
+        base=base,
     )[:12]
     package_path = out_path / f"{site_id}-{form}-{work_id}.age"
     draft_path = package_path.with_suffix(".tar")
@@ -318,6 +340,7 @@ def contribute(
     rows = [each.cells for each in found.usable]
     made = disclosure.release(rows, policy=rules, earlier=earlier)
     summary = made.summary
+    num_images = summary.num_images if form == "weights" else len(found.usable)
     _stage_summary(staging_path, summary, rules, stale_path=staging_path if form == "images" else work_path)
     if form == "images":
         tasks = [
@@ -335,14 +358,30 @@ def contribute(
         _write_private(key_path.with_name(f"{package_path.stem}.photographs.csv"), outgoing.ledger_text(leaving))
         base_sha256 = ""
     else:
-        captioned = disclosure.caption_rows(rows, summary, policy=rules)
-        adapter_path, base_path = _trained(found.usable, captioned, work_path, recipe, base)
+        # Of twice as many patients: some of a caption's are held out, and both sides must be captioned alike.
+        common = rules.raised_to(2 * rules.min_patients_per_cell)
+        captioned = disclosure.caption_rows(rows, summary, policy=common)
+        prepared = gatehouse.prepare(found, captioned, rules=gate, seed=recipe.seed)
+        page_path = key_path.with_name(f"{package_path.stem}.gate.html")
+        if prepared.first.verdict != "PASS":  # before hours of training
+            raise GateClosed(gate_report.make([prepared.first], policy_stamp=gate.stamp), page_path)
+        adapter_path, base_path = _trained(prepared, work_path, recipe, base)
         base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
         _stage_training(work_path, staging_path, recipe)
+        num_drawn = recipe.num_drawn if form == "synthetic" else 0
+        outcome = _judged(
+            prepared, summary, base_path, adapter_path, work_path, recipe, num_drawn, eye_path=key_path.parent
+        )
+        _write_private(page_path, outcome.page)
+        if outcome.report.verdict not in gate_report.LEAVES:
+            raise GateClosed(outcome.report, page_path)
+        storage.write_bytes(str(staging_path / gate_report.PATH), outcome.report.to_bytes())
         if form == "weights":
             shutil.copytree(adapter_path, staging_path / "weights", dirs_exist_ok=True)
         else:
-            _draw_shards(summary, staging_path / "shards", work_path, site_id, recipe, base_path, adapter_path)
+            leaving_drawn = [place for place in range(num_drawn) if place not in outcome.flagged]
+            _write_drawn(outcome, leaving_drawn, staging_path / "shards", work_path, site_id, recipe)
+            num_images = len(leaving_drawn)
     disclosure.enter(ledger_path, made, after=earlier)  # before the package is there: it could leave at once
     _write_account(key_path.with_name(f"{package_path.stem}.disclosure"), made, rules)
     sealing.draft(
@@ -353,7 +392,7 @@ def contribute(
         country=summary.country,
         policy=policy.stamp,
         base_sha256=base_sha256,
-        num_images={"images": len(found.usable), "weights": summary.num_images, "synthetic": recipe.num_drawn}[form],
+        num_images=num_images,
         num_patients=None if found.num_patients is None else summary.num_patients,
         label=keyring.label(ring, today=today),
         container_key=signing.read_private_key(ring.private_path("container")),
@@ -412,6 +451,7 @@ def _digest_of_inputs(
     form: str,
     policy: SitePolicy,
     rules: disclosure.Policy,
+    gate: gate_policy.Policy,
     recipe: Recipe,
     base: str,
 ) -> str:
@@ -424,6 +464,7 @@ def _digest_of_inputs(
             "form": form,
             "policy": policy.stamp,
             "disclosure": asdict(rules),
+            "gate": asdict(gate) if form != "images" else None,
             "recipe": asdict(recipe),
             "base": storage.sha256_of(base_path / UNET_WEIGHTS) if base_path and is_local else base,
         }
@@ -642,10 +683,8 @@ def _pool(num_images: int) -> Iterator[ProcessPoolExecutor | None]:
         yield pool
 
 
-def _trained(
-    photographs: Sequence[Usable], captioned: Sequence[dict[str, Any]], work_path: Path, recipe: Recipe, base: str
-) -> tuple[Path, Path]:
-    """Fine-tunes the base on the photographs, with captions of the cells that disclosure control leaves.
+def _trained(prepared: gatehouse.Preparation, work_path: Path, recipe: Recipe, base: str) -> tuple[Path, Path]:
+    """Fine-tunes the base on the photographs that are not held out, with captions that are common enough.
 
     Returns:
         The adapter's folder and the base's.
@@ -655,7 +694,7 @@ def _trained(
     base_path = pipeline.fetch_base(base, hub_uri=None, folder_path=work_path / "base")
     tasks = [
         _Task(path=each.path, cells=cells, site_id="", facts={})
-        for each, cells in zip(photographs, captioned, strict=True)
+        for each, cells in zip(prepared.photographs, prepared.cells, strict=True)
     ]
     _write_real_shards(tasks, work_path / "photographs", work_path, "reading")
     metrics_path = work_path / "metrics.jsonl"
@@ -679,6 +718,7 @@ def _trained(
             method=recipe.method,
             lora_rank=recipe.lora_rank,
             seed=recipe.seed,
+            left_out=prepared.left_out,
             device=recipe.device,
             checkpoint_every_images=max(recipe.batch_size, recipe.images_seen // 20),
             on_progress=show,
@@ -696,55 +736,70 @@ def _stage_training(work_path: Path, staging_path: Path, recipe: Recipe) -> None
     (staging_path / "training" / "metrics.jsonl").write_bytes(b"".join(texts))
 
 
-def _draw_shards(
+def _judged(
+    prepared: gatehouse.Preparation,
     summary: metadata.MetadataSummary,
+    base_path: Path,
+    adapter_path: Path,
+    work_path: Path,
+    recipe: Recipe,
+    num_drawn: int,
+    *,
+    eye_path: Path,
+) -> gatehouse.Outcome:
+    """Draws photographs whose captions follow the released summary, and has the privacy gate look at them."""
+    gate = prepared.rules
+    with _bar("drawing", max(num_drawn, gate.num_samples) + gate.num_exposed * gate.seeds_per_exposed) as bar:
+        return gatehouse.judge(
+            prepared,
+            summary,
+            base_path=base_path,
+            adapter_path=adapter_path,
+            drawing=gatehouse.Drawing(
+                num_steps=recipe.num_steps,
+                guidance_scale=recipe.guidance_scale,
+                batch_size=recipe.batch_size,
+                device=recipe.device,
+            ),
+            num_drawn=num_drawn,
+            seed=recipe.seed,
+            work_path=work_path,
+            eye_path=eye_path,
+            on_drawn=bar.update,
+        )
+
+
+def _write_drawn(
+    outcome: gatehouse.Outcome,
+    places: Sequence[int],
     shards_path: Path,
     work_path: Path,
     site_id: str,
     recipe: Recipe,
-    base_path: Path,
-    adapter_path: Path,
 ) -> None:
-    """Draws photographs whose captions follow the released summary, never a patient's own row."""
-    from gretfound.generator import adapter, latents, pipeline, sampling
+    """Writes the shards of drawn photographs; those that the gate flagged are not among the places."""
+    generator_id = f"site-{outcome.report.weights_sha256[: lineage.ID_HEX_DIGITS]}"
 
-    generator = pipeline.load_pipeline(base_path, adapter_path=adapter_path, device=recipe.device)
-    generator_id = f"site-{storage.sha256_of(adapter_path / adapter.ADAPTER_TENSORS)[: lineage.ID_HEX_DIGITS]}"
-    groups = matching.fit_groups(summary, balance={})
-    cells = matching.draw_cells(groups, num=recipe.num_drawn, seed=recipe.seed)
-    captions = [metadata.caption(each) for each in cells]
-    with _bar("drawing", recipe.num_drawn) as bar:
-
-        def rows_of(part: range) -> Iterator[dict[str, Any]]:
-            drawn = sampling.draw_photographs(
-                pipeline=generator,
-                captions=[captions[index] for index in part],
-                seeds=list(part),
-                num_steps=recipe.num_steps,
-                guidance_scale=recipe.guidance_scale,
-                batch_size=recipe.batch_size,
+    def rows_of(part: range) -> Iterator[dict[str, Any]]:
+        for place in (places[index] for index in part):
+            image, quality = outcome.samples[place], recipe.jpeg_quality
+            yield shard.row_of(
+                fundus.encode_jpeg(image, quality=quality) if quality else fundus.encode_png(image),
+                site_id=site_id,
+                origin="synthetic",
+                cells=outcome.cells[place],
+                generator_id=generator_id,
+                seed=place,
+                prompt=metadata.caption(outcome.cells[place]),
             )
-            for index, image in zip(part, drawn, strict=True):
-                quality = recipe.jpeg_quality
-                yield shard.row_of(
-                    fundus.encode_jpeg(image, quality=quality) if quality else fundus.encode_png(image),
-                    site_id=site_id,
-                    origin="synthetic",
-                    cells=cells[index],
-                    generator_id=generator_id,
-                    seed=index,
-                    prompt=captions[index],
-                )
-                bar.update()
 
-        _write_parts(
-            [3 * latents.native_px(generator) ** 2] * recipe.num_drawn,
-            shards_path,
-            work_path,
-            rows_of,
-            content=[captions, cells, generator_id, asdict(recipe)],
-        )
-        bar.update(recipe.num_drawn - bar.n)
+    _write_parts(
+        [outcome.samples[place].nbytes for place in places],
+        shards_path,
+        work_path,
+        rows_of,
+        content=[list(places), outcome.cells, generator_id, asdict(recipe)],
+    )
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -808,6 +863,9 @@ def _contribute(arguments: argparse.Namespace) -> int:
         f"{package.path.stem}.disclosure.txt"
     )
     print(f"\nWhat the summary suppresses, and why, for your security officer (it stays here): {account_path}")
+    page_path = account_path.with_name(f"{package.path.stem}.gate.html")
+    if page_path.exists():
+        print(f"What the privacy gate found, with pictures of patients (it stays here): {page_path}")
     return EXIT_FIT
 
 

@@ -74,3 +74,13 @@ def real_photographs() -> Path:
     if not REAL_PHOTOGRAPHS.is_dir():
         pytest.skip(f"no real photographs at {REAL_PHOTOGRAPHS}")
     return REAL_PHOTOGRAPHS
+
+
+@pytest.fixture(scope="session")
+def gate_eye_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the privacy gate's learned eye of the demonstration: trained once for the whole test run."""
+    from gretfound.gate import eyes, policy
+
+    rules, path = policy.read_policy("demonstration"), tmp_path_factory.mktemp("gate")
+    eyes.trained_eye(num_drawings=rules.eye_drawings, num_steps=rules.eye_steps, cache_path=path)
+    return path

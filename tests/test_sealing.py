@@ -246,6 +246,7 @@ def test_draft__refuses_a_pickle_named_safetensors(known: Known, tmp_path: Path)
     for name, content in {
         "weights/adapter.safetensors": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os",
         "weights/adapter_config.json": b"{}",
+        "privacy/gate_report.json": b"{}",
         "summary/disclosure_report.json": b"{}",
         "summary/metadata_summary.json": b"{}",
         "training/config.json": b"{}",

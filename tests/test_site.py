@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ import torch
 
 from gretfound import contribution, deidentify, disclosure, fundus, metadata, phantom, sealing, shard, site
 from gretfound.errors import ConfigError
+from gretfound.gate import policy as gate_policy
+from gretfound.gate import report as gate_report
 from gretfound.generator import pipeline
 from tests import dicoms, parties, tiny_generator
 from tests.parties import Hub
 
 SIZE_PX = 72
 NUM_IMAGES = 14
+NUM_LARGER = 84
 TRAINING = ["--images-seen", "64", "--batch-size", "8", "--num-images", "5", "--steps", "2"]
 
 
@@ -33,6 +37,13 @@ TRAINING = ["--images-seen", "64", "--batch-size", "8", "--num-images", "5", "--
 def site_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sites") / "aster"
     return phantom.write_site(phantom.SITES["aster"], path, num_images=NUM_IMAGES, seed=0, size_px=SIZE_PX)
+
+
+@pytest.fixture(scope="module")
+def larger_site_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough photographs for the privacy gate of the demonstration to hold some out."""
+    path = tmp_path_factory.mktemp("sites") / "aster"
+    return phantom.write_site(phantom.SITES["aster"], path, num_images=NUM_LARGER, seed=0, size_px=SIZE_PX)
 
 
 @pytest.fixture(scope="module")
@@ -247,12 +258,18 @@ def test_main__contribute_tells_by_disclosure_control_and_keeps_the_account(
     assert site.main([*arguments, "--min-patients-per-cell", "1"]) == site.EXIT_USAGE
 
 
-def test_main__contribute_weights(site_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path) -> None:
-    assert site.main(_arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path))) == site.EXIT_FIT
+def test_main__contribute_weights(
+    larger_site_path: Path, gate_eye_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+) -> None:
+    shutil.copytree(gate_eye_path, tmp_path, dirs_exist_ok=True)
+    assert (
+        site.main(_arguments(larger_site_path, "weights", tmp_path / "out", "--base", str(base_path))) == site.EXIT_FIT
+    )
     manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
     assert rows == []
     assert manifest.base_sha256 == pipeline.unet_sha256(base_path)
     assert {file.path for file in manifest.files} == {
+        "privacy/gate_report.json",
         "summary/disclosure_report.json",
         "summary/metadata_summary.json",
         "training/config.json",
@@ -261,12 +278,66 @@ def test_main__contribute_weights(site_path: Path, base_path: Path, tmp_path: Pa
         "weights/adapter_config.json",
     }
     assert pipeline.load_pipeline(base_path, adapter_path=tmp_path / "opened" / "weights") is not None
+    content = (tmp_path / "opened" / "privacy" / "gate_report.json").read_bytes()
+    report = gate_report.Report.model_validate_json(content)
+    assert (report.policy, report.verdict in gate_report.LEAVES) == ("demonstration/1", True)
+    assert report.checks[0].measured["held_out_images"] == 21 and b"aster-" not in content
+    (page_path,) = tmp_path.glob("aster-weights-*.gate.html")
+    assert stat.S_IMODE(page_path.stat().st_mode) == 0o600
+    assert "stays at the site" in page_path.read_text() and "data:image/jpeg" in page_path.read_text()
+
+
+@pytest.mark.parametrize("form", ["weights", "synthetic"])
+def test_main__contribute_writes_nothing_where_too_few_are_held_out(
+    site_path: Path, base_path: Path, tmp_path: Path, keys_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    arguments = _arguments(site_path, form, tmp_path / "out", "--base", str(base_path))
+    for _ in range(2):
+        assert site.main(arguments) == site.EXIT_NOT_FIT
+        said = capsys.readouterr().err
+        assert "G0 FAIL" in said and "nothing leaves" in said and "aster-" not in said
+    assert not [path for path in (tmp_path / "out").glob("*") if path.is_file()], "a package or a draft was written"
+    assert not list(tmp_path.glob("*.releases.json")), "nothing was released"
+
+
+@pytest.mark.slow
+def test_main__contribute_writes_nothing_where_the_gate_says_fail(
+    larger_site_path: Path,
+    gate_eye_path: Path,
+    base_path: Path,
+    tmp_path: Path,
+    keys_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(gate_eye_path, tmp_path, dirs_exist_ok=True)
+    strict = replace(
+        gate_policy.read_policy("demonstration"), max_kid=0.0
+    )  # what an untrained generator draws is noise
+    monkeypatch.setattr(gate_policy, "read_policy", lambda name: strict)
+    arguments = _arguments(larger_site_path, "weights", tmp_path / "out", "--base", str(base_path))
+    assert site.main(arguments) == site.EXIT_NOT_FIT
+    said = capsys.readouterr().err
+    assert "G7 FAIL" in said and "train longer" in said and "nothing leaves" in said
+    assert not [path for path in (tmp_path / "out").glob("*") if path.is_file()], "a package or a draft was written"
+    assert not list((tmp_path / "out").rglob("*/package/weights")), "weights were staged"
+    assert not list(tmp_path.glob("*.releases.json")), "nothing was released"
+    (page_path,) = tmp_path.glob("*.gate.html")
+    assert stat.S_IMODE(page_path.stat().st_mode) == 0o600
+    (outcome_path,) = (tmp_path / "out").rglob("outcome.json")
+    judged_ns = outcome_path.stat().st_mtime_ns
+    assert site.main(arguments) == site.EXIT_NOT_FIT
+    assert outcome_path.stat().st_mtime_ns == judged_ns, "it was judged again"
 
 
 def test_main__contribute_synthetic(
-    site_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+    larger_site_path: Path, gate_eye_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
 ) -> None:
-    assert site.main(_arguments(site_path, "synthetic", tmp_path / "out", "--base", str(base_path))) == site.EXIT_FIT
+    shutil.copytree(gate_eye_path, tmp_path, dirs_exist_ok=True)
+    assert (
+        site.main(_arguments(larger_site_path, "synthetic", tmp_path / "out", "--base", str(base_path)))
+        == site.EXIT_FIT
+    )
     manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
     assert (manifest.form, manifest.num_images, len(rows)) == ("synthetic", 5, 5)
     assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
@@ -277,9 +348,12 @@ def test_main__contribute_synthetic(
 
 
 def test_main__contribute_killed_goes_on_and_ends_the_same(
-    site_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+    larger_site_path: Path, gate_eye_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
 ) -> None:
-    arguments = _arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path), "--images-seen", "240")
+    shutil.copytree(gate_eye_path, tmp_path, dirs_exist_ok=True)
+    arguments = _arguments(
+        larger_site_path, "weights", tmp_path / "out", "--base", str(base_path), "--images-seen", "240"
+    )
     work_path = tmp_path / "work"
     command = [sys.executable, "-m", "gretfound.site", *arguments, "--work", str(work_path)]
     root = Path(__file__).parents[1]

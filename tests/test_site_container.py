@@ -64,7 +64,7 @@ def test_dockerfile__ends_as_an_ordinary_user_with_one_command() -> None:
 def test_dockerfile__copies_what_is_there_and_nothing_that_could_hold_a_secret() -> None:
     sources = [word for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE) for word in line.split()[:-1]]
     assert set(sources) == {
-        "requirements.lock", "cluster/site-requirements.txt", "LICENSE", "gretfound", "conf/disclosure"
+        "requirements.lock", "cluster/site-requirements.txt", "LICENSE", "gretfound", "conf/disclosure", "conf/gate"
     }  # fmt: skip
     assert all((ROOT / source).exists() for source in sources)
     assert not re.search(r"^ADD ", DOCKERFILE, re.MULTILINE)

@@ -154,6 +154,7 @@ def _weights_package(
     content: bytes = b"",
     stated_base_sha256: str = "",
     told_by: Policy | None = None,
+    gate: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     staging_path = path.with_suffix("")
@@ -184,6 +185,7 @@ def _weights_package(
     if fault:
         odd_weights.spoil(staging_path / "weights" / adapter.ADAPTER_TENSORS, fault)
     summary = summaries.write_summary(staging_path, [{"sex": "female"}] * 9, policy=told_by)
+    parties.write_gate_report(staging_path, **(gate or {}))
     (staging_path / "training").mkdir()
     (staging_path / "training" / "config.json").write_text(json.dumps(asdict(Recipe())))
     (staging_path / "training" / "metrics.jsonl").write_text('{"images_seen":64,"loss":0.5}\n')
@@ -436,7 +438,7 @@ def test_admit__works_on_an_object_store(s3_hub: str, tmp_path: Path) -> None:
 def test_admit__says_what_it_did_not_judge_and_writes_a_receipt(hub: Hub, tmp_path: Path) -> None:
     outcome = _admit(hub, _image_package(tmp_path / "package.age", num_images=2))
     steps = {step.state: step.message for step in History(hub.uri, outcome.package_sha256).steps}
-    assert "no privacy gate" in steps["PRIVACY"] and "no probes" in steps["BEHAVIOUR"]
+    assert "no generator" in steps["PRIVACY"] and "no probes" in steps["BEHAVIOUR"]
     book = ledger.Ledger(hub.uri)
     for _ in range(2):
         _enter(hub, outcome, book)
@@ -907,3 +909,23 @@ def test_withdraw_site__marks_what_descends_and_makes_the_successor(hub: Hub, tm
         fine_tuning.fetch_release(storage.record_uri(hub_uri, released), tmp_path / "cache")
     with pytest.raises(ConfigError, match="nothing of a site"):
         withdraw_site.main([at_hub, "site_id=cedar"])
+
+
+@pytest.mark.parametrize(
+    ("gate", "code"),
+    [
+        ({"policy_name": "demonstration"}, "GATE_POLICY"),
+        ({"verdict": "FAIL"}, "GATE_VERDICT"),
+        ({"checks": []}, "GATE_VERDICT"),
+        ({"weights_sha256": "1" * 64}, "GATE_WEIGHTS"),
+        ({"photographs": 3}, "GATE_MALFORMED"),
+    ],
+)
+def test_main__rejects_weights_whose_gate_report_is_not_good(
+    hub_uri: str, base_path: Path, tmp_path: Path, gate: dict[str, Any], code: str
+) -> None:
+    _publish_base(hub_uri, base_path)
+    told_by = disclosure.read_policy("standard")
+    path = _weights_package(tmp_path / "package.age", base_path, told_by=told_by, policy="standard/1", gate=gate)
+    with pytest.raises(ContributionRejected, match=code):
+        intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]"])

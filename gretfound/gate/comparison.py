@@ -1,0 +1,213 @@
+"""The statistics of the gate, as pure functions of arrays: who is too alike to whom, and can two sides be told apart.
+
+A similarity counts as a copy above what the same eye finds between different patients. The held-out patients are the
+control: a generator that repeats nobody comes as near to them as to an equal number of those that it was trained on.
+
+Legend of array suffixes: S samples, N photographs trained on, H held-out ones, R resamples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from gretfound.evaluation import metrics
+from gretfound.evaluation.metrics import Interval
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+NUM_RESAMPLES = 500
+FALSE_ANSWERS = 0.01  # the rate at which true ones are counted
+
+
+def threshold(best_H: Floats) -> float:
+    """Returns the similarity that one held-out photograph exceeds: the quantile 1 - 1/n of their nearest patient.
+
+    Args:
+        best_H: Of each held-out photograph, the similarity to the most similar one of another patient.
+    """
+    return float(np.quantile(best_H, 1.0 - 1.0 / len(best_H)))
+
+
+def mcnemar_p(num_first: int, num_second: int) -> float:
+    """Returns the exact one-sided p of paired answers that disagree: so many or more of the first kind.
+
+    Source: McNemar 1947 (Psychometrika 12:153), exact by the binomial distribution.
+    """
+    return float(stats.binom.sf(num_first - 1, num_first + num_second, 0.5))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p values adjusted for being several, in their order.
+
+    Source: Holm 1979 (Scandinavian Journal of Statistics 6:65).
+    """
+    order = np.argsort(p_values, kind="stable")
+    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return [float(each) for each in adjusted]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What one eye sees of samples.
+
+    Args:
+        to_trained: Similarity of each sample to each photograph trained on, (S, N).
+        to_held_out: And to each held-out one, (S, H).
+        tau: Above it is a copy.
+    """
+
+    to_trained: Floats
+    to_held_out: Floats
+    tau: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """What the eyes found together.
+
+    Args:
+        is_flagged: Samples that an eye takes for a photograph trained on.
+        p: The smallest of all eyes and blocks, adjusted for their number.
+        excess: Share of samples flagged beyond the control, of the eye with the largest.
+        num_controls: Samples that an eye takes for a held-out photograph.
+        patient_excess: Share of patients trained on who are found in a sample, beyond that of held-out patients.
+        patient_p: Of that excess, by the binomial distribution.
+        num_patients: Patients trained on who are found in a sample.
+    """
+
+    is_flagged: Bools
+    p: float
+    excess: float
+    num_controls: int
+    patient_excess: float
+    patient_p: float
+    num_patients: int
+
+
+def find_copies(sights: Mapping[str, Sight], *, trained_N: Ints, held_out_H: Ints, seed: int = 0) -> Copies:
+    """Tests whether samples are nearer to the photographs trained on than to as many held-out ones.
+
+    The photographs trained on are cut into disjoint blocks of at most as many as are held out: a larger set would hold
+    a nearer neighbour by chance alone. Each block is tested against the held-out ones on the same samples, and all
+    blocks of all eyes are adjusted together.
+
+    Args:
+        sights: What each eye that can see sees.
+        trained_N: Numbers of the patients trained on.
+        held_out_H: And of those held out.
+        seed: Of the cut.
+
+    Raises:
+        ValueError: If there is no eye or nobody is held out.
+    """
+    if not sights or not len(held_out_H):
+        raise ValueError("found no eye or no held-out photograph; required one of each")
+    num_trained, num_held_out = len(trained_N), len(held_out_H)
+    order = np.random.default_rng(seed).permutation(num_trained)
+    blocks = np.array_split(order, -(-num_trained // num_held_out))
+    # A control larger than a block would make the test blind.
+    control = np.random.default_rng(seed + 1).permutation(num_held_out)[: max(len(block) for block in blocks)]
+    p_values, excesses = [], []
+    num_samples = len(next(iter(sights.values())).to_trained)
+    is_flagged_S, is_control_S = np.zeros(num_samples, bool), np.zeros(num_samples, bool)
+    found_N, found_H = np.zeros(num_trained, bool), np.zeros(num_held_out, bool)
+    for sight in sights.values():
+        near_SN, near_SH = sight.to_trained > sight.tau, sight.to_held_out > sight.tau
+        control_S = near_SH[:, control].any(axis=1)
+        for block in blocks:
+            block_S = near_SN[:, block].any(axis=1)
+            p_values.append(mcnemar_p(int((block_S & ~control_S).sum()), int((control_S & ~block_S).sum())))
+        flagged_S: Bools = np.any(near_SN, axis=1)
+        seen_of_held_out_S: Bools = np.any(near_SH, axis=1)
+        excesses.append(float(flagged_S.mean() - control_S.mean() * num_trained / len(control)))
+        is_flagged_S |= flagged_S
+        is_control_S |= control_S
+        found_N |= _nearest(sight.to_trained, flagged_S)
+        found_H |= _nearest(sight.to_held_out, seen_of_held_out_S)
+    people, controls = len(np.unique(trained_N)), len(np.unique(held_out_H))
+    num_found, num_controls = len(np.unique(trained_N[found_N])), len(np.unique(held_out_H[found_H]))
+    return Copies(
+        is_flagged=is_flagged_S,
+        p=min(holm(p_values)),
+        excess=max(excesses),
+        num_controls=int(is_control_S.sum()),
+        patient_excess=num_found / people - num_controls / controls,
+        patient_p=float(stats.binom.sf(num_found - 1, num_found + num_controls, people / (people + controls))),
+        num_patients=num_found,
+    )
+
+
+def _nearest(similarity_SN: Floats, is_flagged_S: Bools) -> Bools:
+    found_N = np.zeros(similarity_SN.shape[1], bool)
+    found_N[similarity_SN[is_flagged_S].argmax(axis=1)] = True
+    return found_N
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """How well members are told from others by a score: the area under the curve, and true answers at 1% false ones."""
+
+    auc: Interval
+    tpr: Interval
+
+
+def tell_apart(
+    member_N: npt.NDArray[np.float64],
+    other_H: npt.NDArray[np.float64],
+    *,
+    trained_N: Ints,
+    held_out_H: Ints,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Told:
+    """Measures how well a score tells the photographs trained on from held-out ones, with 95% intervals by patient.
+
+    Args:
+        member_N: Scores of the photographs trained on; higher means more likely trained on.
+        other_H: Scores of held-out ones.
+        trained_N: Their patients.
+        held_out_H: And these.
+        num_resamples: Of the patients of each side.
+        seed: Of the resamples.
+    """
+    score = np.concatenate([member_N, other_H])
+    is_member = np.arange(len(score)) < len(member_N)
+    weights = [
+        np.vstack(
+            [np.ones(len(people)), metrics.patient_weights(numbered(people), num_resamples=num_resamples, seed=s)]
+        )
+        for people, s in ((trained_N, seed), (held_out_H, seed + 1))
+    ]
+    auc_R, _ = metrics.auroc_by_resample(is_member, score, np.hstack(weights))
+    tpr_R = np.array([_true_answers(member_N, other_H, n, h) for n, h in zip(*weights, strict=True)])
+    return Told(auc=metrics.interval(float(auc_R[0]), auc_R[1:]), tpr=metrics.interval(float(tpr_R[0]), tpr_R[1:]))
+
+
+def numbered(people: Ints) -> Ints:
+    """Returns patients as numbers from 0 without gaps."""
+    numbers: Ints = np.unique(people, return_inverse=True)[1].astype(np.int64)
+    return numbers
+
+
+def _true_answers(
+    member_N: npt.NDArray[np.float64],
+    other_H: npt.NDArray[np.float64],
+    weight_N: npt.NDArray[np.float64],
+    weight_H: npt.NDArray[np.float64],
+) -> float:
+    """Returns the share of members above the score that at most 1% of the others exceed."""
+    order = np.argsort(-other_H, kind="stable")
+    allowed = np.cumsum(weight_H[order]) <= FALSE_ANSWERS * weight_H.sum()
+    limit = other_H[order][allowed.sum()] if not allowed.all() else -np.inf
+    return float((weight_N * (member_N > limit)).sum() / max(weight_N.sum(), 1.0))
+
+
+def groups_alike(is_alike_SS: Bools, *, min_group: int) -> list[int]:
+    """Returns the samples that are alike to so many of their caption that they are a group, themselves counted."""
+    return np.flatnonzero(is_alike_SS.sum(axis=1) >= min_group).tolist()

@@ -1,0 +1,121 @@
+"""What a generator's denoiser gives away: its loss by photograph, and how strongly it answers to captions.
+
+Noise and times are the same for every photograph, so that losses differ by the photograph alone.
+
+Legend of tensor suffixes: N photographs, C latent channels, H rows, W columns, K captions, L tokens, D text width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gretfound.fundus import Photograph
+from gretfound.generator import autoencoding
+from gretfound.generator.pipeline import caption_ids
+from gretfound.generator.squares import as_tensor
+
+Floats = npt.NDArray[np.float64]
+_BATCH = 32
+_TRAINING_TIMES = 1000
+
+
+@torch.inference_mode()
+def losses(
+    pipeline: Any,
+    squares: Sequence[Photograph],
+    captions: Sequence[str],
+    *,
+    times: Sequence[int],
+    num_noises: int,
+    seed: int = 0,
+) -> Floats:
+    """Returns each photograph's loss, standardised at each time and noise over all photographs, then averaged.
+
+    Source: the loss-based attack on diffusion models (Matsumoto et al. 2023, arXiv:2302.03262, section III), at several
+    times with fixed noise.
+
+    Args:
+        pipeline: The fine-tuned generator; it is not changed.
+        squares: Of the generator's side, each.
+        captions: What each was, or would have been, trained with.
+        times: Of 1,000.
+        num_noises: At each time.
+        seed: Of the noises.
+
+    Returns:
+        (N,), lower for what the generator knows.
+    """
+    latents = [
+        autoencoding.encode_photographs(pipeline.vae, as_tensor(squares[first : first + _BATCH]))
+        for first in range(0, len(squares), _BATCH)
+    ]
+    latents_NCHW = torch.cat(latents)
+    distinct = sorted(set(captions))
+    text_KLD = _embedded(pipeline, distinct)
+    number_N = torch.tensor([distinct.index(caption) for caption in captions])
+    generator = torch.Generator().manual_seed(seed)
+    noises = [torch.randn(latents_NCHW.shape[1:], generator=generator) for _ in range(num_noises)]
+    total_N = torch.zeros(len(squares), dtype=torch.float64)
+    for time in times:
+        step = time * len(pipeline.scheduler.alphas_cumprod) // _TRAINING_TIMES
+        alpha = float(pipeline.scheduler.alphas_cumprod[step])
+        for noise_CHW in noises:
+            parts = []
+            for latents_BCHW, number_B in zip(latents_NCHW.split(_BATCH), number_N.split(_BATCH), strict=True):
+                noised_BCHW = alpha**0.5 * latents_BCHW + (1 - alpha) ** 0.5 * noise_CHW
+                target_BCHW = noise_CHW.expand_as(latents_BCHW)
+                if pipeline.scheduler.config.prediction_type == "v_prediction":
+                    target_BCHW = alpha**0.5 * noise_CHW - (1 - alpha) ** 0.5 * latents_BCHW
+                predicted_BCHW = _predict(pipeline, noised_BCHW, step, text_KLD[number_B])
+                parts.append((predicted_BCHW - target_BCHW).square().mean(dim=(1, 2, 3)))
+            loss_N = torch.cat(parts).double()
+            total_N += (loss_N - loss_N.mean()) / (loss_N.std() + 1e-12)
+    mean_N: Floats = (total_N / (len(times) * num_noises)).numpy()
+    return mean_N
+
+
+@torch.inference_mode()
+def caption_scores(pipeline: Any, captions: Sequence[str], *, num_noises: int, seed: int = 0) -> dict[str, float]:
+    """Returns how much each caption changes what the denoiser makes of pure noise: the root mean square.
+
+    Captions whose pictures are memorised pull harder than others.
+
+    Source: Wen et al. 2024 (ICLR, "Detecting, explaining, and mitigating memorization in diffusion models"), eq. 4, at
+    the first step.
+    """
+    text_KLD = _embedded(pipeline, captions)
+    side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
+    step = len(pipeline.scheduler.alphas_cumprod) - 1
+    generator = torch.Generator().manual_seed(seed)
+    total_K = torch.zeros(len(captions))
+    for _ in range(num_noises):
+        noise_CHW = torch.randn((channels, side, side), generator=generator)
+        empty_CHW = _predict(pipeline, noise_CHW[None], step, text_KLD[-1:])[0]
+        answers = [
+            _predict(pipeline, noise_CHW.expand(len(text), -1, -1, -1), step, text)
+            for text in text_KLD[:-1].split(_BATCH)
+        ]
+        total_K += (torch.cat(answers) - empty_CHW).square().mean(dim=(1, 2, 3)).sqrt()
+    return dict(zip(captions, (total_K / num_noises).tolist(), strict=True))
+
+
+def _embedded(pipeline: Any, captions: Sequence[str]) -> Tensor:
+    """Returns the embeddings of captions and, last, of the empty one, (K + 1, L, D)."""
+    ids_KL = caption_ids(pipeline.tokenizer, [*captions, ""])
+    encoder = pipeline.text_encoder
+    return torch.cat([encoder(ids.to(encoder.device)).last_hidden_state.cpu() for ids in ids_KL.split(_BATCH)])
+
+
+def _predict(pipeline: Any, noised_BCHW: Tensor, step: int, text_BLD: Tensor) -> Tensor:
+    unet = pipeline.unet
+    predicted: Tensor = unet(
+        noised_BCHW.to(unet.device, unet.dtype),
+        torch.tensor(step, device=unet.device),
+        encoder_hidden_states=text_BLD.to(unet.device, unet.dtype),
+        return_dict=False,
+    )[0]
+    return predicted.float().cpu()

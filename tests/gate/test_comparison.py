@@ -1,0 +1,95 @@
+"""The gate's statistics against closed forms and simulations."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from gretfound.gate import comparison
+from gretfound.gate.comparison import Sight
+
+
+def test_threshold__one_of_the_held_out_exceeds_it() -> None:
+    best = np.random.default_rng(0).random(300).astype(np.float32)
+    assert (best > comparison.threshold(best)).sum() == 1
+
+
+def test_threshold__of_a_large_null_is_the_wanted_quantile() -> None:
+    # The expected share of a continuous distribution above it is about 1.5 / n: it lies between the two largest.
+    shares = [1 - comparison.threshold(np.random.default_rng(seed).random(100).astype("f4")) for seed in range(400)]
+    assert 0.01 < np.mean(shares) < 0.025
+
+
+def test_mcnemar_p__is_the_sign_test() -> None:
+    assert comparison.mcnemar_p(8, 1) == pytest.approx(stats.binomtest(8, 9, 0.5, alternative="greater").pvalue)
+    assert comparison.mcnemar_p(0, 0) == 1.0
+
+
+def test_holm__is_the_textbook_example() -> None:
+    assert comparison.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def _sight(
+    num_copies: int, *, seed: int, num_samples: int = 2000, num_trained: int = 600, num_held_out: int = 300
+) -> Sight:
+    """Similarities of one exchangeable population, and copies that are above all of them."""
+    random = np.random.default_rng(seed)
+    to_trained = random.beta(2, 8, (num_samples, num_trained)).astype(np.float32)
+    to_trained[np.arange(num_copies), random.permutation(num_trained)[:num_copies]] = 0.99
+    to_held_out = random.beta(2, 8, (num_samples, num_held_out)).astype(np.float32)
+    null = random.beta(2, 8, (num_held_out, num_trained)).max(axis=1)
+    return Sight(to_trained=to_trained, to_held_out=to_held_out, tau=comparison.threshold(null.astype("f4")))
+
+
+def _found(sight: Sight) -> comparison.Copies:
+    num_trained, num_held_out = sight.to_trained.shape[1], sight.to_held_out.shape[1]
+    return comparison.find_copies(
+        {"eye": sight}, trained_N=np.arange(num_trained), held_out_H=np.arange(num_held_out), seed=0
+    )
+
+
+def test_find_copies__no_copy_is_seldom_an_alarm_and_many_always() -> None:
+    alarms = [_found(_sight(0, seed=seed, num_samples=500)).p < 0.01 for seed in range(40)]
+    assert sum(alarms) <= 2
+    found = [_found(_sight(60, seed=seed, num_samples=1000)) for seed in range(5)]
+    assert all(each.p < 0.01 and each.is_flagged[:60].all() and each.excess > 0.02 for each in found)
+    assert all(each.patient_excess > 0.05 and each.patient_p < 0.01 for each in found)
+
+
+def test_find_copies__a_larger_training_set_is_no_excess() -> None:
+    # Without equal blocks, eight times the references would "find" eight times the copies.
+    sight = _sight(0, seed=3, num_trained=2400, num_held_out=300)
+    lower = Sight(to_trained=sight.to_trained, to_held_out=sight.to_held_out, tau=sight.tau - 0.05)
+    found = _found(lower)
+    near = (lower.to_trained > lower.tau).any(axis=1).mean()
+    assert near > 4 * (lower.to_held_out > lower.tau).any(axis=1).mean() and near > 0.01
+    assert found.p > 0.01
+
+
+def test_find_copies__requires_an_eye_and_a_control() -> None:
+    with pytest.raises(ValueError, match="no eye"):
+        comparison.find_copies({}, trained_N=np.arange(3), held_out_H=np.arange(3))
+
+
+def test_tell_apart__agrees_with_scikit_learn_and_covers_the_truth() -> None:
+    random = np.random.default_rng(1)
+    member, other = random.normal(1, 1, 400), random.normal(0, 1, 300)
+    told = comparison.tell_apart(member, other, trained_N=np.arange(400), held_out_H=np.arange(300))
+    assert told.auc.value == pytest.approx(roc_auc_score(np.repeat([1, 0], [400, 300]), np.r_[member, other]))
+    assert told.auc.low < stats.norm.cdf(1 / np.sqrt(2)) < told.auc.high
+    assert told.tpr.value == pytest.approx((member > np.sort(other)[-4]).mean())
+    assert told.tpr.low < stats.norm.sf(stats.norm.isf(0.01) - 1) < told.tpr.high
+
+
+def test_tell_apart__nothing_to_tell_includes_a_half() -> None:
+    random = np.random.default_rng(2)
+    member, other = random.normal(size=500), random.normal(size=500)
+    told = comparison.tell_apart(member, other, trained_N=np.arange(500) // 2, held_out_H=np.arange(500) // 2)
+    assert told.auc.low < 0.5 < told.auc.high and told.tpr.value < 0.04
+
+
+def test_groups_alike__needs_enough() -> None:
+    alike = np.eye(12, dtype=bool)
+    alike[:9, :9] = True
+    assert comparison.groups_alike(alike, min_group=9) == list(range(9))
+    assert comparison.groups_alike(alike, min_group=10) == []
