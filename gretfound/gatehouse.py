@@ -128,7 +128,7 @@ def judge(
     work_path: Path,
     eye_path: Path,
     extra: Sequence[Check] = (),
-    on_drawn: Callable[[int], None] | None = None,
+    on_drawn: Callable[[int], object] | None = None,
 ) -> Outcome:
     """Draws samples and holds the trial, or finds it held.
 

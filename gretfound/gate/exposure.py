@@ -65,7 +65,9 @@ def losses(
         alpha = float(pipeline.scheduler.alphas_cumprod[step])
         for noise_CHW in noises:
             parts = []
-            for latents_BCHW, number_B in zip(latents_NCHW.split(_BATCH), number_N.split(_BATCH), strict=True):
+            for latents_BCHW, number_B in zip(
+                torch.split(latents_NCHW, _BATCH), torch.split(number_N, _BATCH), strict=True
+            ):
                 noised_BCHW = alpha**0.5 * latents_BCHW + (1 - alpha) ** 0.5 * noise_CHW
                 target_BCHW = noise_CHW.expand_as(latents_BCHW)
                 if pipeline.scheduler.config.prediction_type == "v_prediction":
@@ -97,7 +99,7 @@ def caption_scores(pipeline: Any, captions: Sequence[str], *, num_noises: int, s
         empty_CHW = _predict(pipeline, noise_CHW[None], step, text_KLD[-1:])[0]
         answers = [
             _predict(pipeline, noise_CHW.expand(len(text), -1, -1, -1), step, text)
-            for text in text_KLD[:-1].split(_BATCH)
+            for text in torch.split(text_KLD[:-1], _BATCH)
         ]
         total_K += (torch.cat(answers) - empty_CHW).square().mean(dim=(1, 2, 3)).sqrt()
     return dict(zip(captions, (total_K / num_noises).tolist(), strict=True))
@@ -107,7 +109,7 @@ def _embedded(pipeline: Any, captions: Sequence[str]) -> Tensor:
     """Returns the embeddings of captions and, last, of the empty one, (K + 1, L, D)."""
     ids_KL = caption_ids(pipeline.tokenizer, [*captions, ""])
     encoder = pipeline.text_encoder
-    return torch.cat([encoder(ids.to(encoder.device)).last_hidden_state.cpu() for ids in ids_KL.split(_BATCH)])
+    return torch.cat([encoder(ids.to(encoder.device)).last_hidden_state.cpu() for ids in torch.split(ids_KL, _BATCH)])
 
 
 def _predict(pipeline: Any, noised_BCHW: Tensor, step: int, text_BLD: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class EmbeddingEye:
     def similarity(self, seen_N: Floats, known_M: Floats) -> Floats:
         """Returns the larger cosine of the two orientations, (N, M)."""
         plain, mirrored = (seen_N[:, view] @ known_M[:, 0].T for view in (0, 1))
-        return np.maximum(plain, mirrored)
+        larger: Floats = np.maximum(plain, mirrored)
+        return larger
 
 
 class VesselEye:
@@ -207,9 +208,9 @@ def _train(network: nn.Module, drawn: Tensor, num_steps: int, on_progress: Calla
         views = torch.cat([_another_visit(drawn[chosen], generator) for _ in range(2)])
         z = nn.functional.normalize(network(prepare(views)), dim=1)
         logits = (z @ z.T / _TEMPERATURE).fill_diagonal_(-torch.inf)
-        loss = nn.functional.cross_entropy(logits, labels)
+        loss: Tensor = nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if on_progress is not None:
@@ -245,12 +246,16 @@ def _vessel_map(square: Photograph) -> Floats:
     except ValueError:  # no field of that size in it: nothing to compare
         return np.zeros((_MAP_PX, _MAP_PX), np.float32)
     smooth = ndimage.gaussian_filter(is_vessel.astype(np.float32), VESSEL_PX / _MAP_PX / 2)
-    return ndimage.zoom(smooth, _MAP_PX / VESSEL_PX, order=1)
+    reduced: Floats = ndimage.zoom(smooth, _MAP_PX / VESSEL_PX, order=1)
+    return reduced
 
 
 def _standardised(rows_ND: Floats) -> Floats:
     centred = rows_ND - rows_ND.mean(axis=1, keepdims=True)
-    return (centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)).astype(np.float32)
+    standardised: Floats = (centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)).astype(
+        np.float32
+    )
+    return standardised
 
 
 def _versions(map_SS: Floats) -> Floats:
