@@ -4,6 +4,7 @@ A run leaves the encoder folder in its own folder in the hub, HUB/runs/RECIPE/en
 record of it.
 """
 
+import copy
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -105,14 +106,17 @@ def write_encoder(
         summary: Of the finished training.
         objective_name: ``mae`` or ``dinov2``; its weights become ``NAME.safetensors``.
         architecture: The timm entry point that builds the encoder.
-        image_size_px: Side of the encoder's input.
+        image_size_px: Side of the finished encoder's input. Where it is another than the pretraining's, positions are
+            interpolated: crops of a photograph may be enough to learn from, where features need the whole of it.
         config_yaml: The run's merged configuration.
     """
     load_strictly(objective, summary.weights)
     progress = {"images_seen": summary.images_seen, "final_loss": summary.final_loss}
+    encoder = copy.deepcopy(objective.encoder)
+    encoder.set_input_size(img_size=image_size_px)
     with storage.scratch_folder() as folder:
         path = write_encoder_folder(
-            objective.encoder,
+            encoder,
             Path(folder),
             architecture=architecture,
             transform=Transform(image_size_px=image_size_px),

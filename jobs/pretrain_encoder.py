@@ -46,6 +46,7 @@ class Config:
     corpus_id: str = setting(help="the corpus's record id")
     seed: int = setting(0, "decides order, crops, masks and initial weights")
     objective: str = setting("mae", "mae: masked autoencoder; dinov2: self-distillation")
+    embedded_size_px: int = setting(0, "side of what the finished encoder takes; 0: encoder.image_size_px")
     initial_weights_uri: str = setting("", "weights to start from: MAE, RETFound, DINOv2, timm or our own; empty: none")
     project: str = setting("gretfound", "the W&B project")
     encoder: EncoderConfig = setting(EncoderConfig())
@@ -54,6 +55,11 @@ class Config:
     crops: CropConfig = setting(CropConfig())
     fit: FitConfig = setting(FitConfig())
     cluster: ClusterConfig = setting(ClusterConfig())
+
+    @property
+    def finished_size_px(self) -> int:
+        """Side of the square that the finished encoder takes."""
+        return self.embedded_size_px or self.encoder.image_size_px
 
     def __post_init__(self) -> None:
         """Checks what spans keys."""
@@ -141,7 +147,7 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
             summary,
             objective_name=config.objective,
             architecture=config.encoder.architecture,
-            image_size_px=config.encoder.image_size_px,
+            image_size_px=config.finished_size_px,
             config_yaml=to_yaml(config),
         )
 
@@ -189,7 +195,7 @@ def main(argv: list[str]) -> str:
             recipe_id=recipe,
             architecture=config.encoder.architecture,
             objective=config.objective,
-            image_size_px=config.encoder.image_size_px,
+            image_size_px=config.finished_size_px,
             images_seen=summary["images_seen"],
             final_loss=summary["final_loss"],
         )

@@ -39,6 +39,15 @@ class MAEConfig:
     decoder_depth: int = setting(8, "blocks of the decoder")
     decoder_num_heads: int = setting(16, "attention heads of the decoder")
     normalise_patches: bool = setting(True, "normalise each target patch by its own mean and variance")
+    target: str = setting("pixels", "pixels; or details: pixels less the average colour around them, not normalised")
+
+    def __post_init__(self) -> None:
+        """Checks what spans keys."""
+        if self.target not in ("pixels", "details") or (self.target == "details" and self.normalise_patches):
+            raise ConfigError(
+                f"found mae.target={self.target!r} with mae.normalise_patches={self.normalise_patches}; required "
+                "pixels, or details with mae.normalise_patches=false"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class CropConfig:
     """The crops of a photograph; a masked autoencoder takes one global crop, self-distillation takes them all."""
 
     global_scale_min: float = setting(0.2, "smallest share of the field of view that a global crop covers; 0 to 1")
+    global_scale_max: float = setting(1.0, "largest share that a global crop covers")
     num_local: int = setting(8, "local crops a photograph")
     local_size_px: int = setting(96, "side of a local crop, pixels")
     local_scale_min: float = setting(0.05, "smallest share that a local crop covers")
@@ -158,7 +168,8 @@ def build_views(recipe: Recipe) -> "dict[str, View]":
     from gretfound.encoder.crops import View
 
     crops = recipe.crops
-    whole = View(size_px=recipe.encoder.image_size_px, scale=(crops.global_scale_min, 1.0), colour=crops.colour)
+    scale = (crops.global_scale_min, crops.global_scale_max)
+    whole = View(size_px=recipe.encoder.image_size_px, scale=scale, colour=crops.colour)
     if recipe.objective == "mae":
         return {"image": whole}
     local_scale = (crops.local_scale_min, crops.local_scale_max)

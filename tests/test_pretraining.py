@@ -49,6 +49,22 @@ def test_write_encoder__read_again_it_is_the_trained_one(tmp_path: Path) -> None
     assert torch.equal(encoder.blocks[1].mlp.fc1.weight, trained.encoder.blocks[1].mlp.fc1.weight)
 
 
+def test_write_encoder__of_another_size_it_takes_whole_photographs(tmp_path: Path) -> None:
+    trained = autoencoder()
+    uri = storage.normalised(str(tmp_path / "run" / "encoder"))
+    pretraining.write_encoder(
+        uri, autoencoder(), summary_of(trained), objective_name="mae", architecture="vit_tiny_patch16_224",
+        image_size_px=64, config_yaml="seed: 3\n",
+    )  # fmt: skip
+    (tmp_path / "fetched").mkdir()
+    pretraining.read_encoder(uri, tmp_path / "fetched")
+    encoder = timm.create_model(f"local-dir:{tmp_path / 'fetched'}", pretrained=True, num_classes=0)
+    with torch.no_grad():
+        assert encoder(torch.rand(1, 3, 64, 64)).isfinite().all()
+    assert torch.equal(encoder.blocks[1].mlp.fc1.weight, trained.state_dict()["encoder.blocks.1.mlp.fc1.weight"])
+    assert trained.encoder.pos_embed.shape[1] < encoder.pos_embed.shape[1]
+
+
 def test_write_encoder__weights_of_another_objective_are_refused(tmp_path: Path) -> None:
     whole = summary_of(autoencoder())
     partial = replace(whole, weights={name: each for name, each in whole.weights.items() if "mask_token" not in name})

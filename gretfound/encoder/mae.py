@@ -6,7 +6,7 @@ Shapes: B images, C channels, H and W pixels, L patches, K kept patches, M maske
 patch, D encoder width, E decoder width. M counts only what is predicted.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from gretfound.encoder.architecture import sine_cosine_positions
 from gretfound.encoder.transform import IMAGENET_MEAN, IMAGENET_STD
 
 AUTOENCODER_NAME = "mae.safetensors"
+DETAIL_UNIT = 1 / 15  # of the range of a pixel: about the contrast of a vessel
+DARKEST_INSIDE = 0.05  # mean of the channels; what is darker lies outside the field of view
 
 
 class MaskedAutoencoder(nn.Module):
@@ -35,6 +37,9 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: Blocks of the decoder.
         decoder_num_heads: Attention heads of the decoder.
         normalise_patches: Whether each target patch is normalised by its own mean and variance (paper, section 4.1).
+        target: What is predicted: ``pixels``, or ``details``, which is what `details_of` leaves of them, by the Huber
+            loss in units of `DETAIL_UNIT`. On fundus photographs nearly all variance of pixels is slow light, also
+            within a normalised patch; what tells of disease is in the details (docs/log.md).
         mask_seed: With an image's position in the run it decides that image's mask, whatever the batch or the worker.
     """
 
@@ -52,16 +57,23 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         normalise_patches: bool = True,
+        target: Literal["pixels", "details"] = "pixels",
         mask_seed: int = 0,
     ) -> None:
+        if target not in ("pixels", "details") or (target == "details" and normalise_patches):
+            raise ValueError(
+                f"found target={target!r} with normalise_patches={normalise_patches}; required pixels, or details with "
+                "normalise_patches=False: details have one unit everywhere"
+            )
         super().__init__()
         self.encoder: Any = encoder
         self.mask_ratio, self.normalise_patches, self.mask_seed = mask_ratio, normalise_patches, mask_seed
-        self.predicted_share = predicted_share
+        self.predicted_share, self.target = predicted_share, target
         self.image_losses: Tensor | None = None
         self.features: Tensor | None = None
         self.patch_size = int(encoder.patch_embed.patch_size[0])
         self.num_patches = int(encoder.patch_embed.num_patches)
+        self.image_size_px = int(encoder.patch_embed.img_size[0])
         grid_size = int(encoder.patch_embed.grid_size[0])
         width = int(encoder.embed_dim)
         self.decoder_embed = nn.Linear(width, decoder_width)
@@ -82,21 +94,27 @@ class MaskedAutoencoder(nn.Module):
         encoder.pos_embed.requires_grad_(False)
 
     def forward(self, image: Tensor, position: Tensor) -> Tensor:
-        """Returns the mean squared error over masked patches.
+        """Returns the mean error over masked patches: squared, or the Huber loss of details.
 
         Args:
             image: uint8 (B, 3, H, W), or float already normalised.
             position: int64 (B,), each image's place in the run's order.
         """
-        patch_BLP = self.patches(self.normalised(image))
+        normalised = self.normalised(image)
+        patch_BLP = self.patches(normalised)
         kept_BK, masked_BM = self.split(position)
-        predicted_BMP = self.predict(patch_BLP, kept_BK, masked_BM)
-        target_BMP = _gathered(patch_BLP, masked_BM)
-        if self.normalise_patches:
-            mean = target_BMP.mean(-1, keepdim=True)
-            variance = target_BMP.var(-1, keepdim=True)
-            target_BMP = (target_BMP - mean) / (variance + 1e-6).sqrt()
-        losses_B = (predicted_BMP.float() - target_BMP.float()).pow(2).mean(dim=(1, 2))
+        predicted_BMP = self.predict(patch_BLP, kept_BK, masked_BM).float()
+        if self.target == "details":
+            target_BMP = _gathered(self.patches(self.details(normalised) / DETAIL_UNIT), masked_BM)
+            loss_BMP = F.smooth_l1_loss(predicted_BMP, target_BMP, reduction="none")
+        else:
+            target_BMP = _gathered(patch_BLP, masked_BM)
+            if self.normalise_patches:
+                mean = target_BMP.mean(-1, keepdim=True)
+                variance = target_BMP.var(-1, keepdim=True)
+                target_BMP = (target_BMP - mean) / (variance + 1e-6).sqrt()
+            loss_BMP = (predicted_BMP - target_BMP.float()).pow(2)
+        losses_B = loss_BMP.mean(dim=(1, 2))
         self.image_losses = losses_B.detach()
         return losses_B.mean()
 
@@ -106,6 +124,10 @@ class MaskedAutoencoder(nn.Module):
             return image
         value: Tensor = (image.float() / 255 - self.mean) / self.std
         return value.to(self.decoder_embed.weight.dtype)
+
+    def details(self, normalised: Tensor) -> Tensor:
+        """Returns `details_of` images that `normalised` has prepared, with cells of a patch, (B, 3, H, W) float32."""
+        return details_of(normalised.float() * self.std + self.mean, cell_px=self.patch_size)
 
     def patches(self, image: Tensor) -> Tensor:
         """Cuts images (B, 3, H, W) into patches (B, L, P), each in the channel order of the patch embedding."""
@@ -167,7 +189,7 @@ def reconstruct(objective: MaskedAutoencoder, image: Tensor, *, position: int = 
     """Masks photographs and predicts what was hidden, as pictures.
 
     With normalised targets a predicted patch has no brightness or contrast of its own; those of the true patch are put
-    back, as the paper's own figures do.
+    back, as the paper's own figures do. Where details are predicted, they are laid over the true slow light.
 
     Args:
         objective: The trained autoencoder.
@@ -181,7 +203,11 @@ def reconstruct(objective: MaskedAutoencoder, image: Tensor, *, position: int = 
     patch_BLP = objective.patches(normalised)
     kept_BK, masked_BM = objective.split(torch.arange(position, position + len(image)), predicted_share=1.0)
     predicted_BMP = objective.predict(patch_BLP, kept_BK, masked_BM)
-    if objective.normalise_patches:
+    if objective.target == "details":
+        slow = normalised - objective.details(normalised) / objective.std
+        unit_P = (DETAIL_UNIT / objective.std).expand(1, 3, objective.patch_size, objective.patch_size).flatten()
+        predicted_BMP = _gathered(objective.patches(slow), masked_BM) + predicted_BMP * unit_P
+    elif objective.normalise_patches:
         target_BMP = _gathered(patch_BLP, masked_BM)
         predicted_BMP = predicted_BMP * target_BMP.std(-1, keepdim=True) + target_BMP.mean(-1, keepdim=True)
     index_BMP = masked_BM[..., None].expand_as(predicted_BMP)
@@ -192,6 +218,29 @@ def reconstruct(objective: MaskedAutoencoder, image: Tensor, *, position: int = 
         pixels = ((filled * objective.std + objective.mean) * 255).round().clamp(0, 255)
         pictures.append(pixels.to(torch.uint8).permute(0, 2, 3, 1).numpy())
     return pictures[0], pictures[1]
+
+
+def details_of(image: Tensor, *, cell_px: int) -> Tensor:
+    """Takes from each pixel the average colour around it, so that vessels and lesions stay and slow light goes.
+
+    Source: Graham, Kaggle Diabetic Retinopathy Detection competition report, 2015, section 2 (subtraction of the local
+    average colour), here as the target of a prediction, not as its input.
+
+    Args:
+        image: Float (B, 3, H, W) in [0, 1]; sides a multiple of ``cell_px``.
+        cell_px: The average is over about three cells of this side, of pixels inside the field of view.
+
+    Returns:
+        (B, 3, H, W), around 0; 0 outside the field of view and within two pixels of its edge.
+    """
+
+    def average(plane: Tensor) -> Tensor:
+        cells = F.avg_pool2d(F.avg_pool2d(plane, cell_px), 3, stride=1, padding=1)
+        return F.interpolate(cells, size=image.shape[-2:], mode="bilinear", align_corners=False)
+
+    inside = (image.mean(1, keepdim=True) > DARKEST_INSIDE).to(image.dtype)
+    inside = -F.max_pool2d(-inside, 5, stride=1, padding=2)
+    return (image - average(image * inside) / (average(inside) + 1e-2)) * inside
 
 
 def _gathered(value_BLX: Tensor, index_BN: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from gretfound import fundus, metadata, shard, storage
 from gretfound.encoder import folder, mae
 from gretfound.evaluation.protocol import EvaluationSet, Photographs
 from gretfound.evaluation.report import Reconstruction, Sample, SiteSamples
+from gretfound.fundus import Photograph
 from gretfound.lineage import Corpus, Encoder, ShardSet
 
 
@@ -52,6 +53,8 @@ def reconstruct_photographs(
 ) -> list[Reconstruction]:
     """Masks an evaluation set's first readable photographs and reconstructs them with the encoder's autoencoder.
 
+    Where it was pretrained on crops of another size than the finished encoder takes, their middle is shown.
+
     Args:
         hub_uri: The hub.
         encoder: The pretrained one.
@@ -75,7 +78,7 @@ def reconstruct_photographs(
         _, transform = folder.read_encoder_folder(path)
     numbers = set(photographs.row_numbers[:num_pictures])
     originals = [
-        transform.square(fundus.decode_photograph(storage.read_bytes(row.uri)))
+        _middle(transform.square(fundus.decode_photograph(storage.read_bytes(row.uri))), objective.image_size_px)
         for row in evaluation_set.rows
         if row.number in numbers
     ]
@@ -85,3 +88,8 @@ def reconstruct_photographs(
         Reconstruction(original=original, masked=masked[index], reconstruction=reconstructed[index])
         for index, original in enumerate(originals)
     ]
+
+
+def _middle(square: Photograph, size_px: int) -> Photograph:
+    first = (len(square) - size_px) // 2
+    return square[first : first + size_px, first : first + size_px]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gretfound.encoder.architecture import build_encoder, sine_cosine_positions
-from gretfound.encoder.mae import MaskedAutoencoder, reconstruct
+from gretfound.encoder.mae import DETAIL_UNIT, MaskedAutoencoder, details_of, reconstruct
 from gretfound.encoder.transform import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -164,3 +164,49 @@ def test_reconstruct__hides_what_the_loss_leaves_out_too() -> None:
     whole, subset = (reconstruct(small_autoencoder(predicted_share=share), image)[0] for share in (1.0, 0.25))
     np.testing.assert_array_equal(whole, subset)
     assert (subset == 255).mean() < 0.3
+
+
+def eye_with_a_spot() -> torch.Tensor:
+    """A bright round field of view whose light falls to one side, with a dark spot of radius 2 px: (1, 3, 64, 64)."""
+    y, x = np.mgrid[:64, :64].astype(np.float32)
+    light = 0.4 + 0.004 * x + 0.002 * y
+    light[np.hypot(x - 40, y - 24) < 2] -= 0.2
+    light[np.hypot(x - 31.5, y - 31.5) > 30] = 0
+    return torch.from_numpy(light).expand(1, 3, 64, 64)
+
+
+def test_details_of__a_spot_stays_and_slow_light_goes() -> None:
+    detail = details_of(eye_with_a_spot(), cell_px=8)[0, 0].numpy()
+    assert detail[24, 40] < -0.15
+    y, x = np.mgrid[:64, :64]
+    from_middle, is_apart = np.hypot(x - 31.5, y - 31.5), np.hypot(x - 40, y - 24) > 16
+    assert np.abs(detail[(from_middle < 16) & is_apart]).max() < 0.02, "the light differs by 0.3 across the field"
+    assert np.abs(detail[is_apart]).max() < 0.06, "at the edge the average is that of one side"
+    assert not detail[from_middle > 30].any()
+
+
+def test_forward__details_are_scored_by_their_huber_loss() -> None:
+    autoencoder = small_autoencoder(target="details", normalise_patches=False)
+    image = torch.from_numpy(np.random.default_rng(0).integers(60, 200, (2, 3, 32, 32), dtype=np.uint8))
+    position = torch.tensor([4, 9])
+    kept, masked = autoencoder.split(position)
+    predicted = autoencoder.predict(autoencoder.patches(autoencoder.normalised(image)), kept, masked)
+    detail = details_of(image.float() / 255, cell_px=8) / DETAIL_UNIT
+    cut = detail.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(2, 16, -1)
+    error = (predicted - cut[torch.arange(2)[:, None], masked]).abs()
+    expected = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
+    torch.testing.assert_close(autoencoder(image, position), expected)
+
+
+def test_reconstruct__true_details_give_the_photograph_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    autoencoder = small_autoencoder(target="details", normalise_patches=False)
+    image = torch.from_numpy(np.random.default_rng(0).integers(60, 200, (1, 3, 32, 32), dtype=np.uint8))
+    truth = autoencoder.patches(details_of(image.float() / 255, cell_px=8) / DETAIL_UNIT)
+    monkeypatch.setattr(autoencoder, "predict", lambda patch, kept, masked: truth[torch.arange(1)[:, None], masked])
+    _, reconstructed = reconstruct(autoencoder, image)
+    assert np.array_equal(reconstructed[0], image[0].permute(1, 2, 0).numpy())
+
+
+def test_init__normalised_details_are_refused() -> None:
+    with pytest.raises(ValueError, match="normalise_patches=True"):
+        small_autoencoder(target="details")

@@ -12,7 +12,8 @@ REQUIRED = {plan.Config: [], pretrain_encoder.Config: ["hub_uri=h", "corpus_id=c
 
 @pytest.mark.parametrize("schema", list(REQUIRED), ids=lambda schema: schema.__module__)
 @pytest.mark.parametrize(
-    "override", ["objective=simclr", "fit.lr_scaling=cubic", "fit.precision=float16", "fit.zero_stage=4"]
+    "override",
+    ["objective=simclr", "mae.target='details'", "fit.lr_scaling=cubic", "fit.precision=float16", "fit.zero_stage=4"],
 )
 def test_load__names_the_key_that_is_wrong(schema: type, override: str) -> None:
     key, _, value = override.partition("=")
