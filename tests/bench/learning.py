@@ -1,0 +1,105 @@
+"""Learning: what pretraining is worth on drawn sites that it never saw, over three seeds.
+
+Three drawn sites are pretrained on; two others, with other cameras and other people, are held out and probed. Every run
+is `jobs.pretrain_encoder` with a recipe of conf/pretrain/ and `jobs.evaluate_encoder`, as an operator would call them. A
+seed decides order, crops, masks, initial weights, the untrained network and the probe's folds, never the photographs.
+The seeds run side by side, so their time is an upper bound of one's. The hub is kept, so that a broken-off run goes on
+where it was; delete runs/bench/learning to begin anew. It takes about an hour, so `make bench` alone leaves it out.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from gretfound import phantom, storage
+from gretfound.lineage import Report
+from tests.bench.outcome import Ratio, Row, write
+from tests.hubs import assemble, draw_shard_set
+
+FOLDER = Path("runs/bench/learning")
+SIZE_PX, NUM_TRAINED, NUM_TESTED = 256, 700, 300
+TRAINED, TESTED = ("aster", "birch", "public"), ("dune", "cedar")
+OBJECTIVES, SEEDS = ("mae",), (0, 1, 2)
+TASKS = ("referable_dr", "glaucoma", "amd")
+ENCODERS = ("pretrained", "untrained", "raw_pixels")
+
+
+def main() -> None:
+    """Trains, evaluates and writes runs/bench/learning.json."""
+    hub_uri = storage.normalised(str(FOLDER / "hub"))
+    tested = [
+        phantom.write_site(phantom.SITES[name], FOLDER / name, num_images=NUM_TESTED, seed=1, size_px=SIZE_PX)
+        for name in TESTED
+    ]
+    drawn = [draw_shard_set(hub_uri, name, num_images=NUM_TRAINED, size_px=SIZE_PX) for name in TRAINED]
+    corpus_id = assemble(hub_uri, *drawn).id
+    uris = f"evaluation_uris=[{','.join(str(path) for path in tested)}]"
+    rows, ratios = [], []
+    for objective in OBJECTIVES:
+        layers = [f"conf/pretrain/small_{objective}.yaml", "conf/scale/laptop.yaml", "fit.precision=bfloat16"]
+        shared = [[f"hub_uri={hub_uri}", f"seed={seed}"] for seed in SEEDS]
+        began_s = time.perf_counter()
+        encoder_ids = run_jobs("pretrain_encoder", [[*layers, f"corpus_id={corpus_id}", *each] for each in shared])
+        minutes = (time.perf_counter() - began_s) / 60
+        judged = [[f"encoder_id={name}", uris, *each] for name, each in zip(encoder_ids, shared, strict=True)]
+        scores = [read_scores(hub_uri, report_id) for report_id in run_jobs("evaluate_encoder", judged)]
+        rows.append(Row(f"{objective}: {len(SEEDS)} pretrainings side by side, from start to end", minutes, "min"))
+        for name in scores[0]:
+            low, high = t_interval([each[name] for each in scores])
+            rows += [
+                Row(f"{objective}: {name}, lower end of the 95% interval", low, "AUROC"),
+                Row(f"{objective}: {name}, upper end", high, "AUROC"),
+            ]
+        means = {encoder: t_interval([each[encoder] for each in scores]) for encoder in ENCODERS}
+        ratios += [
+            Ratio(
+                f"{objective}: lower end over the upper end of {baseline}",
+                means["pretrained"][0] / means[baseline][1],
+                "> 1",
+            )
+            for baseline in ENCODERS[1:]
+        ]
+    write("learning", rows, ratios)
+
+
+def run_jobs(name: str, arguments: Sequence[Sequence[str]]) -> list[str]:
+    """Runs a job once for each list of arguments, side by side, each with a Ray of its own; returns the records' ids.
+
+    Raises:
+        RuntimeError: If one fails; it ends with what that one said last.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"WANDB_MODE": "disabled"}
+    logs = [FOLDER / f"{name}-{place}.log" for place in range(len(arguments))]
+    processes = []
+    for each, log in zip(arguments, logs, strict=True):
+        with log.open("w") as said:
+            command = [sys.executable, "-m", f"jobs.{name}", *each]
+            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True))
+    answers = [process.communicate()[0] for process in processes]
+    for process, log in zip(processes, logs, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{name} failed; {log} ends with:\n{log.read_text()[-3000:]}")
+    return [answer.splitlines()[-1] for answer in answers]
+
+
+def read_scores(hub_uri: str, report_id: str) -> dict[str, float]:
+    """Returns the AUROC of each encoder: the mean over tasks and held-out sites, and for the pretrained one each."""
+    content = json.loads(storage.read_bytes(storage.join(hub_uri, Report.folder, report_id, "report.json")))
+    names = [f"{site}/{task}" for site in TESTED for task in TASKS]
+    auroc = {
+        encoder: {name: content["encoders"][encoder][name]["auroc"]["value"] for name in names} for encoder in ENCODERS
+    }
+    return {encoder: float(np.mean(list(each.values()))) for encoder, each in auroc.items()} | auroc["pretrained"]
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the 95% interval of the mean over few runs, after Student."""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
