@@ -921,11 +921,17 @@ def test_withdraw_site__marks_what_descends_and_makes_the_successor(hub: Hub, tm
         ({"photographs": 3}, "GATE_MALFORMED"),
     ],
 )
-def test_main__rejects_weights_whose_gate_report_is_not_good(
-    hub_uri: str, base_path: Path, tmp_path: Path, gate: dict[str, Any], code: str
+def test_admit__takes_no_weights_whose_gate_report_is_not_good(
+    hub: Hub, base_path: Path, tmp_path: Path, gate: dict[str, Any], code: str
 ) -> None:
-    _publish_base(hub_uri, base_path)
+    _publish_base(hub.uri, base_path)
     told_by = disclosure.read_policy("standard")
     path = _weights_package(tmp_path / "package.age", base_path, told_by=told_by, policy="standard/1", gate=gate)
-    with pytest.raises(ContributionRejected, match=code):
-        intake.main([f"hub_uri={hub_uri}", f"package_uris=[{path}]"])
+    outcome = _admit(hub, path, policy="standard")
+    assert (outcome.verdict, outcome.code) == ("REJECTED", code)
+
+
+def test_admit__a_demonstration_takes_the_report_of_one(hub: Hub, base_path: Path, tmp_path: Path) -> None:
+    _publish_base(hub.uri, base_path)
+    path = _weights_package(tmp_path / "package.age", base_path, gate={"policy_name": "demonstration"})
+    assert _admit(hub, path).verdict == "ADMITTED"
