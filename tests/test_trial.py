@@ -65,6 +65,7 @@ def test_run__no_gpu_is_told(tmp_path: Path) -> None:
         trial.run(tmp_path, device="cuda", batch_size=4, lora_rank=8, num_steps=25)
 
 
+@pytest.mark.slow
 def test_main__check_times_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     phantom.write_site(phantom.SITES["aster"], tmp_path / "site", num_images=8, seed=0, size_px=72)
     base_path = tiny_generator.write_base(tmp_path / "base")
