@@ -12,10 +12,11 @@ are whole. A rejection stands. What is in quarantine waits for a person, who may
 import math
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -36,8 +37,10 @@ from gretfound import (
 )
 from gretfound.confinement import Limits, Reply
 from gretfound.errors import ContributionRejected, StorageError
+from gretfound.gate import canaries
 from gretfound.gate import policy as gate_policy
 from gretfound.gate import report as gate_report
+from gretfound.gate.verdict import Check
 from gretfound.generator import adapter
 from gretfound.generator.adapter import UNET_WEIGHTS
 from gretfound.lineage import Contribution, File, Generator, ShardSet, Site
@@ -56,6 +59,8 @@ QUARANTINE_CODES = (
 )
 # What the hub or time mends: the package waits, without a verdict.
 WAITING_CODES = ("PREVIOUS_MISSING", "ROSTER_EXPIRED", "UNKNOWN_SITE", "UNKNOWN_KEY")
+# What Ray gives to the task that scores canaries.
+SCORING: Mapping[str, float] = MappingProxyType({"num_cpus": 1, "num_gpus": 0, "memory": 2 * 2**30})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +177,7 @@ def admit(
     cpu_s_per_mib: float,
     max_package_bytes: int = sealing.MAX_PACKAGE_BYTES,
     is_reopened: bool = False,
+    scoring: Mapping[str, float] = SCORING,
 ) -> Outcome:
     """Gives one package its verdict and makes an admitted one's records; runs on a worker.
 
@@ -186,6 +192,7 @@ def admit(
         cpu_s_per_mib: CPU seconds more for each MiB of the package, and ten times as many of waiting.
         max_package_bytes: Of a larger package not a byte is read.
         is_reopened: Whether a package in quarantine is examined again.
+        scoring: What Ray gives to the task that scores canaries.
 
     Returns:
         What became of it. There is no verdict, and a code of `WAITING_CODES`, where it may be tried again, and the code
@@ -226,6 +233,7 @@ def admit(
             roster=roster,
             limits=replace(limits, cpu_s=limits.cpu_s + math.ceil(more_s), wall_s=limits.wall_s + 10 * more_s),
             history=history,
+            scoring=scoring,
         )
         try:
             opened = _judge(case) if history.verdict is None else None
@@ -263,6 +271,7 @@ class _Case:
     roster: Roster
     limits: Limits
     history: History
+    scoring: Mapping[str, float]
 
 
 class _TooEarly(ContributionRejected):
@@ -440,7 +449,53 @@ def _judge_privacy(case: _Case, opened: Opened) -> None:
         policies={name: gate_policy.read_policy(name).stamp for name in ("standard", case.policy)},
         weights_sha256=next(weights, None),
     )
-    case.history.add("PRIVACY", measured={"policy": report.policy, "verdict": report.verdict})
+    canaried = _judge_canaries(case, opened)
+    case.history.add("PRIVACY", measured={"policy": report.policy, "verdict": report.verdict} | canaried)
+
+
+def _judge_canaries(case: _Case, opened: Opened) -> dict[str, Any]:
+    """Has a node with torch measure what delivered weights know of the canaries, and of a ledger whether it adds up.
+
+    Returns:
+        What was measured; nothing where no generator is delivered, or a demonstration has no canaries.
+    """
+    path = opened.path / "privacy"
+    if opened.manifest.form != "weights" or (case.policy != "standard" and not (path / canaries.REVEAL_NAME).is_file()):
+        return {}
+    try:
+        reveal_bytes, commitment_bytes = (
+            (path / name).read_bytes() for name in (canaries.REVEAL_NAME, canaries.COMMITMENT_NAME)
+        )
+    except FileNotFoundError as error:
+        raise ContributionRejected(
+            "CANARY_MISSING", "the weights were trained without canaries; contribute again with this version"
+        ) from error
+    policy = opened.manifest.policy.partition("/")[0]
+    canary_seed = case.roster.hub_card.canary_seed
+    reveal = canaries.read_reveal(reveal_bytes, commitment_bytes, canary_seed=canary_seed, policy=policy)
+    ledger_path = path / canaries.LEDGER_NAME
+
+    import ray
+
+    task = ray.remote(canaries.score).options(**case.scoring)
+    try:
+        found: Check = ray.get(
+            task.remote(
+                case.hub_uri,
+                _base_of(case.hub_uri, opened.manifest.base_sha256),
+                {each.name: each.read_bytes() for each in sorted((opened.path / "weights").iterdir())},
+                reveal=reveal,
+                policy=policy,
+                ledger_bytes=ledger_path.read_bytes() if ledger_path.is_file() else None,
+                device="cuda" if case.scoring["num_gpus"] else "cpu",
+            )
+        )
+    except ray.exceptions.RayTaskError as error:  # its own words are a traceback of the other node
+        raise error.cause from None
+    if found.verdict == "FAIL":
+        code = "DP_BUG" if ledger_path.is_file() else "CANARY_REMEMBERED"
+        raise ContributionRejected(code, f"{found.reason} (found {found.measured}, required {found.required})")
+    return dict(found.measured)
 
 
 def _weigh(case: _Case, opened: Opened) -> adapter.Measured:
@@ -486,7 +541,7 @@ def _publish(case: _Case, opened: Opened, outcome: Outcome, recipe: str) -> Outc
     site = Site(site_id=manifest.site_id, country=manifest.country, form=manifest.form)
     kept_path = case.folder_path / "kept"
     kept_path.mkdir()
-    for name in ("summary", "training", "weights"):
+    for name in ("summary", "training", "weights", "privacy"):
         if (opened.path / name).is_dir():
             (opened.path / name).rename(kept_path / name)
     record = Contribution(

@@ -19,8 +19,9 @@ from gretfound.metadata import MetadataSummary
 
 FORMS = ("weights", "images", "synthetic")
 MAX_MEMBERS = 64
-MAX_SHARDS = MAX_MEMBERS - 7
+MAX_SHARDS = MAX_MEMBERS - 8
 MAX_JSON_BYTES = 16 * 2**20
+MAX_ACCOUNT_BYTES = 64 * 2**10
 MAX_WEIGHTS_BYTES = 4 * 2**30
 MAX_SHARD_BYTES = 2 * 2**30
 MAX_ROWS_PER_GROUP = 1024
@@ -69,6 +70,29 @@ _GATE = Place(
     contains="what the privacy gate found, as counts and figures; no photograph, no patient",
     max_bytes=MAX_JSON_BYTES,
 )
+_CANARIES = (
+    Place(
+        pattern=r"privacy/canary_commitment\.json",
+        role="privacy",
+        contains="a digest that binds the training to which drawn test photographs it learned",
+        max_bytes=MAX_ACCOUNT_BYTES,
+        is_required=False,
+    ),
+    Place(
+        pattern=r"privacy/canary_reveal\.json",
+        role="privacy",
+        contains="which drawn test photographs (canaries) it learned, so that the hub can test its memory; no patient",
+        max_bytes=MAX_ACCOUNT_BYTES,
+        is_required=False,
+    ),
+)
+_LEDGER = Place(
+    pattern=r"privacy/dp_ledger\.json",
+    role="privacy",
+    contains="the noise and the steps of a training with differential privacy, and the epsilon they come to",
+    max_bytes=MAX_ACCOUNT_BYTES,
+    is_required=False,
+)
 PLACES: dict[str, tuple[Place, ...]] = {
     "weights": (
         Place(
@@ -87,6 +111,8 @@ PLACES: dict[str, tuple[Place, ...]] = {
         _DISCLOSURE,
         *_TRAINING,
         _GATE,
+        *_CANARIES,
+        _LEDGER,
     ),
     "images": (
         Place(
@@ -109,6 +135,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
         _DISCLOSURE,
         *_TRAINING,
         _GATE,
+        _LEDGER,
     ),
 }
 TAKEN_OUT = ("unreadable", "not_the_named_photograph")  # why a row does not stay, where the others do

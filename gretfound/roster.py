@@ -82,6 +82,11 @@ class HubCard(Document):
     recipients: tuple[Recipient, Recipient]
     receipt_key: PublicKeyHex
 
+    @property
+    def canary_seed(self) -> int:
+        """What this hub's canaries (`gretfound.gate.canaries`) are drawn from: a digest of its recipients."""
+        return int.from_bytes(hashlib.sha256("\n".join(sorted(self.recipients)).encode()).digest()[:5], "big")
+
 
 class SiteKey(Approval):
     """A site's key as the hub knows it; the days are the first and the last on which a package may arrive with it."""

@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,6 +48,7 @@ from gretfound import (
 )
 from gretfound.errors import ConfigError, GretfoundError
 from gretfound.examination import POLICIES, Examination, SitePolicy
+from gretfound.gate import canaries
 from gretfound.gate import policy as gate_policy
 from gretfound.gate import report as gate_report
 from gretfound.generator.adapter import UNET_WEIGHTS
@@ -56,7 +57,10 @@ from gretfound.sealing import Package
 
 if TYPE_CHECKING:
     from gretfound import fit
+    from gretfound.generator.squares import Square
 
+MAX_EPSILON = 10.0  # a larger one may not be called differential privacy
+MAX_EPSILON_OF_FEW, MIN_PATIENTS_IN_PRIVATE = 8.0, 200  # the gate's G0
 EXIT_FIT, EXIT_NOT_FIT, EXIT_USAGE = 0, 1, 2
 KEY_BYTES = 32
 _ROW_BYTES = 4096  # of a shard's row beside its image, at most
@@ -206,6 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--jpeg-quality", type=int, default=default.jpeg_quality, metavar="Q",
                       help="store photographs as JPEG, 1 to 100; default PNG, without loss")  # fmt: skip
+    make.add_argument("--dp-epsilon", type=float, metavar="X",
+                      help="train with differential privacy for each patient (weights, synthetic): up to 3 is a strong "
+                      "guarantee, up to 8 the standard, more than 10 none")  # fmt: skip
     make.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help="cuda trains on the GPU")
     make.add_argument("--seed", type=int, default=default.seed, metavar="N")
 
@@ -258,6 +265,7 @@ def contribute(
     passphrase: str = "",
     today: date | None = None,
     min_patients_per_cell: int | None = None,
+    dp_epsilon: float | None = None,
 ) -> Package:
     """Makes a site's contribution, or goes on with an interrupted one, or finds the finished one.
 
@@ -279,6 +287,7 @@ def contribute(
         passphrase: The steward's.
         today: The day in UTC; the machine's by default.
         min_patients_per_cell: Where the site asks for more patients than the disclosure policy does.
+        dp_epsilon: Of a training with differential privacy; None trains without.
 
     Returns:
         The package, or the draft.
@@ -296,6 +305,11 @@ def contribute(
         raise ConfigError(f"--base is required for the form {form!r}: the generator to start from")
     if form == "weights" and recipe.method == "full" and policy.name == "standard":
         raise ConfigError("--method full is for the demonstration policy; the hub admits low-rank factors (lora) only")
+    if dp_epsilon is not None and (form == "images" or recipe.method == "full" or not 0 < dp_epsilon <= MAX_EPSILON):
+        raise ConfigError(
+            f"--dp-epsilon {dp_epsilon:g}: required above 0 and at most {MAX_EPSILON:g}, for a form that is trained, "
+            "with --method lora"
+        )
     ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
     today = today or datetime.now(UTC).date()
     rules, gate = disclosure.read_policy(policy.name), gate_policy.read_policy(policy.name)
@@ -312,6 +326,7 @@ def contribute(
         gate=gate,
         recipe=recipe,
         base=base,
+        dp_epsilon=dp_epsilon,
     )[:12]
     package_path = out_path / f"{site_id}-{form}-{work_id}.age"
     draft_path = package_path.with_suffix(".tar")
@@ -324,7 +339,7 @@ def contribute(
         if _has_keys_of(ring, sealing.read_draft(draft_path)):
             return _sealed_if_ready(ring, draft_path, package_path, passphrase, today)
         draft_path.unlink()  # a key was replaced since
-    found = _examine(folder_path, policy)
+    found = _examine(folder_path, _private_policy(policy, dp_epsilon))
     if not found.is_fit_for(form):
         raise NotFit(examination.to_text(found), form)
     work_path = (work_path or out_path / ".work") / work_id
@@ -361,11 +376,18 @@ def contribute(
         # Of twice as many patients: some of a caption's are held out, and both sides must be captioned alike.
         common = rules.raised_to(2 * rules.min_patients_per_cell)
         captioned = disclosure.caption_rows(rows, summary, policy=common)
-        prepared = gatehouse.prepare(found, captioned, rules=gate, seed=recipe.seed)
+        prepared = gatehouse.prepare(found, captioned, rules=gate, seed=recipe.seed, epsilon=dp_epsilon)
         page_path = key_path.with_name(f"{package_path.stem}.gate.html")
         if prepared.first.verdict != "PASS":  # before hours of training
             raise GateClosed(gate_report.make([prepared.first], policy_stamp=gate.stamp), page_path)
-        adapter_path, base_path = _trained(prepared, work_path, recipe, base)
+        learned: list[Square] = []
+        if form == "weights":
+            seed = keyring.read_hub_card(ring.hub_path)[0].canary_seed
+            learned = _canaries(staging_path, policy, seed, canaries.coin_secret_of(_site_key(key_path), work_id))
+        adapter_path, base_path = _trained(prepared, work_path, recipe, base, learned, dp_epsilon)
+        if dp_epsilon is not None:
+            ledger = (adapter_path.parent / canaries.LEDGER_NAME).read_bytes()
+            storage.write_bytes(str(staging_path / "privacy" / canaries.LEDGER_NAME), ledger)
         base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
         _stage_training(work_path, staging_path, recipe)
         num_drawn = recipe.num_drawn if form == "synthetic" else 0
@@ -454,6 +476,7 @@ def _digest_of_inputs(
     gate: gate_policy.Policy,
     recipe: Recipe,
     base: str,
+    dp_epsilon: float | None,
 ) -> str:
     base_path = storage.local_path(base) if base else None
     is_local = base_path is not None and (base_path / UNET_WEIGHTS).is_file()
@@ -466,8 +489,20 @@ def _digest_of_inputs(
             "disclosure": asdict(rules),
             "gate": asdict(gate) if form != "images" else None,
             "recipe": asdict(recipe),
+            "dp_epsilon": dp_epsilon,
             "base": storage.sha256_of(base_path / UNET_WEIGHTS) if base_path and is_local else base,
         }
+    )
+
+
+def _private_policy(policy: SitePolicy, dp_epsilon: float | None) -> SitePolicy:
+    """Returns a policy that asks for fewer patients where each of them is protected by differential privacy."""
+    if dp_epsilon is None or dp_epsilon > MAX_EPSILON_OF_FEW:
+        return policy
+    return replace(
+        policy,
+        min_images_to_train=min(policy.min_images_to_train, MIN_PATIENTS_IN_PRIVATE),
+        min_patients_to_train=min(policy.min_patients_to_train, MIN_PATIENTS_IN_PRIVATE),
     )
 
 
@@ -683,21 +718,50 @@ def _pool(num_images: int) -> Iterator[ProcessPoolExecutor | None]:
         yield pool
 
 
-def _trained(prepared: gatehouse.Preparation, work_path: Path, recipe: Recipe, base: str) -> tuple[Path, Path]:
-    """Fine-tunes the base on the photographs that are not held out, with captions that are common enough.
+def _canaries(staging_path: Path, policy: SitePolicy, canary_seed: int, coin_secret: str) -> "list[Square]":
+    """Commits to the coins of the canaries, before the training; returns those that it is to learn."""
+    from gretfound.generator.squares import Square
+
+    flock = canaries.FLOCKS[policy.name]
+    committed = canaries.Commitment(commitment=canaries.commitment_to(coin_secret))
+    reveal = canaries.Reveal(canary_seed=canary_seed, num_canaries=flock.num_canaries, coin_secret=coin_secret)
+    for name, document in ((canaries.COMMITMENT_NAME, committed), (canaries.REVEAL_NAME, reveal)):
+        storage.write_bytes(str(staging_path / "privacy" / name), document.to_bytes())
+    return [
+        Square(pixels=pixels, caption=canaries.CAPTION, mirrored_caption=canaries.CAPTION)
+        for pixels in canaries.draw_in(canary_seed, flock, coin_secret)
+    ]
+
+
+def _trained(
+    prepared: gatehouse.Preparation,
+    work_path: Path,
+    recipe: Recipe,
+    base: str,
+    learned: "list[Square]",
+    dp_epsilon: float | None,
+) -> tuple[Path, Path]:
+    """Fine-tunes the base on the photographs that are not held out, with common captions, and on canaries.
 
     Returns:
-        The adapter's folder and the base's.
+        The adapter's folder and the base's; with ``dp_epsilon`` the ledger lies beside the adapter.
     """
     from gretfound.generator import finetune, pipeline
 
     base_path = pipeline.fetch_base(base, hub_uri=None, folder_path=work_path / "base")
     tasks = [
-        _Task(path=each.path, cells=cells, site_id="", facts={})
+        _Task(
+            path=each.path,
+            cells=cells | ({"patient": each.cells["patient"]} if "patient" in each.cells else {}),
+            site_id="",
+            facts={},
+        )
         for each, cells in zip(prepared.photographs, prepared.cells, strict=True)
     ]
     _write_real_shards(tasks, work_path / "photographs", work_path, "reading")
     metrics_path = work_path / "metrics.jsonl"
+    if dp_epsilon is not None:
+        return _trained_privately(work_path, recipe, base_path, learned, prepared.left_out, dp_epsilon), base_path
     with (
         metrics_path.open("a") as metrics,
         _bar("training", recipe.images_seen) as bar,
@@ -717,6 +781,7 @@ def _trained(prepared: gatehouse.Preparation, work_path: Path, recipe: Recipe, b
             learning_rate=recipe.learning_rate,
             method=recipe.method,
             lora_rank=recipe.lora_rank,
+            canaries=learned,
             seed=recipe.seed,
             left_out=prepared.left_out,
             device=recipe.device,
@@ -725,6 +790,39 @@ def _trained(prepared: gatehouse.Preparation, work_path: Path, recipe: Recipe, b
         )
         bar.update(recipe.images_seen - bar.n)  # an earlier run may have finished it
     return adapter_path, base_path
+
+
+def _trained_privately(
+    work_path: Path,
+    recipe: Recipe,
+    base_path: Path,
+    learned: "list[Square]",
+    left_out: frozenset[str],
+    dp_epsilon: float,
+) -> Path:
+    """Fine-tunes with differential privacy for each patient; the ledger lies beside the adapter's folder."""
+    from gretfound.generator import private
+
+    with _bar("training", recipe.images_seen) as bar:
+        adapter_path = private.finetune_privately(
+            base_path=base_path,
+            shard_path=work_path / "photographs",
+            work_path=work_path / "training",
+            epsilon=dp_epsilon,
+            left_out=left_out,
+            num_images_seen=recipe.images_seen,
+            batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            lora_rank=recipe.lora_rank,
+            canaries=learned,
+            seed=recipe.seed,
+            device=recipe.device,
+            on_progress=lambda images_seen: bar.update(images_seen - bar.n),
+        ).adapter_path
+        bar.update(recipe.images_seen - bar.n)
+    # A loss is one of patients, outside of the account: the course says 0.
+    (work_path / "metrics.jsonl").write_text(json.dumps({"images_seen": recipe.images_seen, "loss": 0.0}) + "\n")
+    return adapter_path
 
 
 def _stage_training(work_path: Path, staging_path: Path, recipe: Recipe) -> None:
@@ -857,6 +955,7 @@ def _contribute(arguments: argparse.Namespace) -> int:
         keys_path=arguments.keys,
         passphrase=_passphrase(arguments.passphrase_file),
         min_patients_per_cell=arguments.min_patients_per_cell,
+        dp_epsilon=arguments.dp_epsilon,
     )
     print(_in_words(package), end="")
     account_path = (arguments.key or _default_key_path(arguments.site_id)).with_name(

@@ -45,6 +45,15 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True)
+class ScoringConfig:
+    """What the Ray task gets that measures what delivered weights know of the canaries."""
+
+    num_cpus: float = setting(1.0, "processors")
+    num_gpus: float = setting(0.0, "graphics processors; 0 computes on the CPU: hours for Stable Diffusion")
+    memory_gib: float = setting(2.0, "memory; the base generator has to fit, 10 for Stable Diffusion")
+
+
+@dataclass(frozen=True)
 class Config:
     """The keys of this job."""
 
@@ -55,6 +64,7 @@ class Config:
     follows_lost: list[str] = setting([], "SHA-256 of packages that may come though the one before them is lost")
     is_reopened: bool = setting(False, "whether packages in quarantine are examined again")
     limits: LimitsConfig = setting(LimitsConfig())
+    scoring: ScoringConfig = setting(ScoringConfig())
 
     def __post_init__(self) -> None:
         """Checks what the types cannot say."""
@@ -62,6 +72,8 @@ class Config:
             raise ConfigError(f"policy={self.policy!r} is unknown; required one of {', '.join(POLICIES)}")
         if min(asdict(self.limits).values()) <= 0:
             raise ConfigError("limits: all are above 0")
+        if min(asdict(self.scoring).values()) < 0:
+            raise ConfigError("scoring: none is below 0")
 
 
 def main(argv: list[str]) -> str:
@@ -131,6 +143,11 @@ def admitted_as_they_end(
         "cpu_s_per_mib": loaded.limits.cpu_s_per_mib,
         "max_package_bytes": int(loaded.limits.package_gib * 2**30),
         "is_reopened": loaded.is_reopened,
+        "scoring": {
+            "num_cpus": loaded.scoring.num_cpus,
+            "num_gpus": loaded.scoring.num_gpus,
+            "memory": int(loaded.scoring.memory_gib * 2**30),
+        },
     }
     failures: list[GretfoundError] = []
     early: dict[str, Outcome] = {}

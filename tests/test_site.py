@@ -19,11 +19,12 @@ import pyrage
 import pytest
 import torch
 
-from gretfound import contribution, deidentify, disclosure, fundus, metadata, phantom, sealing, shard, site
+from gretfound import contribution, deidentify, disclosure, examination, fundus, metadata, phantom, sealing, shard, site
 from gretfound.errors import ConfigError
+from gretfound.gate import canaries
 from gretfound.gate import policy as gate_policy
 from gretfound.gate import report as gate_report
-from gretfound.generator import pipeline
+from gretfound.generator import pipeline, private
 from tests import dicoms, parties, tiny_generator
 from tests.parties import Hub
 
@@ -269,6 +270,8 @@ def test_main__contribute_weights(
     assert rows == []
     assert manifest.base_sha256 == pipeline.unet_sha256(base_path)
     assert {file.path for file in manifest.files} == {
+        "privacy/canary_commitment.json",
+        "privacy/canary_reveal.json",
         "privacy/gate_report.json",
         "summary/disclosure_report.json",
         "summary/metadata_summary.json",
@@ -285,6 +288,47 @@ def test_main__contribute_weights(
     (page_path,) = tmp_path.glob("aster-weights-*.gate.html")
     assert stat.S_IMODE(page_path.stat().st_mode) == 0o600
     assert "stays at the site" in page_path.read_text() and "data:image/jpeg" in page_path.read_text()
+    _require_canaries(tmp_path / "opened", hub)
+
+
+def _require_canaries(opened_path: Path, hub: Hub) -> None:
+    reveal, commitment = (
+        (opened_path / "privacy" / name).read_bytes() for name in (canaries.REVEAL_NAME, canaries.COMMITMENT_NAME)
+    )
+    canary_seed = hub.roster.hub_card.canary_seed
+    canaries.read_reveal(reveal, commitment, canary_seed=canary_seed, policy="demonstration")
+
+
+@pytest.mark.slow
+def test_main__contribute_weights_with_differential_privacy(
+    larger_site_path: Path, gate_eye_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+) -> None:
+    shutil.copytree(gate_eye_path, tmp_path, dirs_exist_ok=True)
+    arguments = _arguments(larger_site_path, "weights", tmp_path / "out", "--base", str(base_path), "--dp-epsilon", "6")
+    assert site.main([*arguments, "--images-seen", "16"]) == site.EXIT_FIT
+    _opened(tmp_path / "out", tmp_path / "opened", hub)
+    _require_canaries(tmp_path / "opened", hub)
+    ledger = private.require_ledger_adds_up((tmp_path / "opened" / "privacy" / canaries.LEDGER_NAME).read_bytes())
+    assert (ledger.claimed_epsilon, ledger.tier) == (6.0, "standard") and 5.8 < ledger.epsilon <= 6.0
+    course = (tmp_path / "opened" / "training" / "metrics.jsonl").read_text()
+    assert course == '{"images_seen":16,"loss":0.0}\n', "a loss of patients left outside of the account"
+
+
+@pytest.mark.parametrize(("epsilon", "required"), [(None, 1000), (8.0, 200), (8.1, 1000)])
+def test_private_policy__takes_fewer_patients_where_each_is_protected(epsilon: float | None, required: int) -> None:
+    found = site._private_policy(examination.STANDARD, epsilon)
+    assert (found.min_patients_to_train, found.min_images_to_train, found.stamp) == (required, required, "standard/1")
+
+
+@pytest.mark.parametrize(
+    "more", [["--dp-epsilon", "11"], ["--dp-epsilon", "0"], ["--dp-epsilon", "3", "--method", "full"]]
+)
+def test_main__contribute_refuses_what_is_no_differential_privacy(
+    site_path: Path, base_path: Path, tmp_path: Path, keys_path: Path, more: list[str]
+) -> None:
+    arguments = _arguments(site_path, "weights", tmp_path / "out", "--base", str(base_path), *more)
+    assert site.main(arguments) == site.EXIT_USAGE
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", ["weights", "synthetic"])

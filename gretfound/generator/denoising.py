@@ -103,6 +103,24 @@ class DenoisingObjective(nn.Module):
         time_B = (share_B * num_times).long().clamp(max=num_times - 1).to(latents_BCHW.device)
         noise_BCHW = noise_BCHW.to(latents_BCHW)
         text_BLD = self.captions(caption, (kept_B < self._caption_dropout).to(caption.device))
+        error_B = self.errors(latents_BCHW, text_BLD, time_B, noise_BCHW)
+        if self._min_snr_gamma is not None:
+            alpha_B = self.alphas_T[time_B]
+            snr_B = alpha_B / (1 - alpha_B)
+            is_velocity = self._prediction == "v_prediction"
+            error_B = error_B * snr_B.clamp(max=self._min_snr_gamma) / (snr_B + 1 if is_velocity else snr_B)
+        loss: Tensor = error_B.mean()
+        return loss
+
+    def errors(self, latents_BCHW: Tensor, text_BLD: Tensor, time_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """Returns each image's mean squared error at given times and noise, without weights, shape (B,).
+
+        Args:
+            latents_BCHW: Scaled clean latents.
+            text_BLD: Embeddings of the captions.
+            time_B: Steps of the scheduler, integers from 0.
+            noise_BCHW: Standard normal.
+        """
         alpha_B111 = self.alphas_T[time_B].view(-1, 1, 1, 1)
         noised_BCHW = alpha_B111.sqrt() * latents_BCHW + (1 - alpha_B111).sqrt() * noise_BCHW
         is_velocity = self._prediction == "v_prediction"
@@ -113,12 +131,8 @@ class DenoisingObjective(nn.Module):
         predicted_BCHW = self.unet(
             noised_BCHW.to(dtype), time_B, encoder_hidden_states=text_BLD.to(dtype), return_dict=False
         )[0]
-        error_B = (predicted_BCHW.float() - target_BCHW.float()).square().mean(dim=(1, 2, 3))
-        if self._min_snr_gamma is not None:
-            snr_B = alpha_B111.flatten() / (1 - alpha_B111.flatten())
-            error_B = error_B * snr_B.clamp(max=self._min_snr_gamma) / (snr_B + 1 if is_velocity else snr_B)
-        loss: Tensor = error_B.mean()
-        return loss
+        error_B: Tensor = (predicted_BCHW.float() - target_BCHW.float()).square().mean(dim=(1, 2, 3))
+        return error_B
 
 
 def draw_noise(seed: int, position_B: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

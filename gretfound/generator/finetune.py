@@ -4,19 +4,22 @@ Photographs and captions are encoded once (`gretfound.generator.latents`): here,
 training reads latents only. The result is an adapter (`gretfound.generator.pipeline`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pyarrow.parquet as pq
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from gretfound import fit, lineage, storage
+from gretfound import fit, fundus, lineage, storage
 from gretfound.averaging import Averaged
 from gretfound.checkpoints import LocalCheckpoints
 from gretfound.errors import ConfigError
 from gretfound.generator import adapter, consistency, denoising, latents, pipeline
+from gretfound.generator.squares import Square
 
 Method = Literal["lora", "full"]
 Objective = Literal["denoising", "consistency"]
@@ -41,6 +44,7 @@ def finetune_locally(
     average_decay: float = 0.9999,
     seed: int = 0,
     left_out: Collection[str] = (),
+    canaries: Sequence[Square] = (),
     objective: Objective = "denoising",
     guidance_scale: float = 2.0,
     precision: str = "float32",
@@ -70,6 +74,7 @@ def finetune_locally(
         average_decay: Of the moving average of the weights, which becomes the adapter, per step; 0: the last weights.
         seed: Seeds the factors, the order, the noise.
         left_out: Image ids of the photographs that are not trained on (`gretfound.holdout`).
+        canaries: Drawn squares of any size to learn together with the photographs (`gretfound.gate.canaries`).
         objective: ``denoising``; or ``consistency``, which makes a few-step student of ``base_path`` (`consistency`),
             and for which ``caption_dropout`` and ``min_snr_gamma`` mean nothing.
         guidance_scale: Weight of the caption that a student learns; it means nothing to ``denoising``.
@@ -100,7 +105,8 @@ def finetune_locally(
     request = lineage.digest_of(
         [base_sha256, [*shards, *(path.name for path in caches)], num_images_seen, batch_size, learning_rate,
          method, lora_rank, resolution_px, warmup_images, weight_decay, caption_dropout, min_snr_gamma, average_decay,
-         seed, sorted(left_out), precision, *([objective, guidance_scale] if objective == "consistency" else [])]
+         seed, sorted(left_out), precision, *([objective, guidance_scale] if objective == "consistency" else []),
+         *([digests_of(canaries)] if canaries else [])]
     )  # fmt: skip
     run_path = work_path / f"finetune-{request[:16]}"
     adapter_path = run_path / "adapter"
@@ -108,13 +114,7 @@ def finetune_locally(
         return adapter_path
     base = pipeline.load_pipeline(base_path, device=device)
     side_px = resolution_px if resolution_px is not None else latents.native_px(base)
-    if shards:
-        base_files = latents.encoding_files(base_path)
-        for sha256, path in shards.items():
-            key = latents.key_of(base_files, shard_sha256=sha256, resolution_px=side_px)
-            caches.append(work_path / "latents" / key)
-            if not caches[-1].is_dir():
-                latents.encode_shard(path, caches[-1], base=base, resolution_px=side_px)
+    caches += encoded(base, base_path, shards, canaries, resolution_px=side_px, folder_path=work_path / "latents")
     photographs = latents.lay_out(caches, run_path / "rows", left_out=left_out)
     teacher = consistency.frozen_copy(base.unet) if objective == "consistency" else None
     with torch.random.fork_rng(devices=[]):
@@ -180,6 +180,40 @@ def finetune_locally(
         tensors = pipeline.adapter_tensors(unet_weights, method=method)
         pipeline.save_adapter(adapter_path, tensors=tensors, terms=terms)
     return adapter_path
+
+
+def encoded(
+    base: StableDiffusionPipeline,
+    base_path: Path,
+    shards: Mapping[str, Path],
+    canaries: Sequence[Square],
+    *,
+    resolution_px: int,
+    folder_path: Path,
+) -> list[Path]:
+    """Encodes shards, by SHA-256, and canaries, each once; returns the caches, that of the canaries last."""
+    base_files = latents.encoding_files(base_path) if shards else []
+    keys = [latents.key_of(base_files, shard_sha256=each, resolution_px=resolution_px) for each in shards]
+    caches = [folder_path / key for key in keys]
+    for path, cache_path in zip(shards.values(), caches, strict=True):
+        if not cache_path.is_dir():
+            latents.encode_shard(path, cache_path, base=base, resolution_px=resolution_px)
+    if canaries:
+        digests = digests_of(canaries)
+        caches.append(folder_path / f"canaries-{lineage.digest_of([digests, resolution_px])}")
+        latents.encode_squares(zip(digests, resized(canaries, resolution_px), strict=True), caches[-1], base=base)
+    return caches
+
+
+def digests_of(canaries: Sequence[Square]) -> list[str]:
+    """Returns the image id of each."""
+    return [fundus.pixel_digest(each.pixels) for each in canaries]
+
+
+def resized(photographs: Sequence[Square], side_px: int) -> Iterator[Square]:
+    """Yields squares in another size."""
+    for each in photographs:
+        yield replace(each, pixels=fundus.to_square(each.pixels, None, side_px))
 
 
 def read_patients(shards: Sequence[Path]) -> Iterator[tuple[str, str | None]]:
