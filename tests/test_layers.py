@@ -19,6 +19,7 @@ from tests.conftest import ROOT
 
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
+    {"gretfound.dispatch"},
     {"gretfound.gatehouse", "gretfound.outgoing"},
     {
         "gretfound.admission",

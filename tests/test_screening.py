@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gretfound import deidentify, disclosure, matching, metadata, screening, shard, site
+from gretfound import deidentify, disclosure, dispatch, matching, metadata, screening, shard
 from gretfound.errors import ContributionRejected
 from gretfound.metadata import MetadataSummary
 from tests import summaries
@@ -176,7 +176,7 @@ def test_read_summary__takes_the_report_of_a_site_that_asks_for_more_patients(tm
 
 def _training(folder_path: Path) -> Path:
     (folder_path / "training").mkdir()
-    settings = json.dumps(asdict(site.Recipe())).encode()
+    settings = json.dumps(asdict(dispatch.Recipe())).encode()
     (folder_path / "training" / "config.json").write_bytes(settings)
     (folder_path / "training" / "metrics.jsonl").write_bytes(
         b'{"images_seen":8,"loss":0.5}\n{"images_seen":16,"loss":0}\n'
@@ -209,4 +209,4 @@ def test_require_training__known_fields_of_their_kind(tmp_path: Path, page: str,
 
 
 def test_require_training__knows_the_settings_of_the_sites_program() -> None:
-    assert set(screening._Settings.model_fields) == {each.name for each in fields(site.Recipe)}
+    assert set(screening._Settings.model_fields) == {each.name for each in fields(dispatch.Recipe)}

@@ -19,7 +19,19 @@ import pyrage
 import pytest
 import torch
 
-from gretfound import contribution, deidentify, disclosure, examination, fundus, metadata, phantom, sealing, shard, site
+from gretfound import (
+    contribution,
+    deidentify,
+    disclosure,
+    dispatch,
+    examination,
+    fundus,
+    metadata,
+    phantom,
+    sealing,
+    shard,
+    site,
+)
 from gretfound.errors import ConfigError
 from gretfound.gate import canaries
 from gretfound.gate import policy as gate_policy
@@ -316,7 +328,7 @@ def test_main__contribute_weights_with_differential_privacy(
 
 @pytest.mark.parametrize(("epsilon", "required"), [(None, 1000), (8.0, 200), (8.1, 1000)])
 def test_private_policy__takes_fewer_patients_where_each_is_protected(epsilon: float | None, required: int) -> None:
-    found = site._private_policy(examination.STANDARD, epsilon)
+    found = dispatch._private_policy(examination.STANDARD, epsilon)
     assert (found.min_patients_to_train, found.min_images_to_train, found.stamp) == (required, required, "standard/1")
 
 
@@ -492,13 +504,13 @@ def test_parts__are_few_enough_and_none_is_too_large(size_mib: float, num_images
     rng = random.Random(0)
     sizes = [int(size_mib * 2**20 * rng.choice((0.1, 1, 1, 1.5))) for _ in range(num_images)]
     total_bytes = sum(sizes)
-    parts = site._parts(sizes)
+    parts = dispatch._parts(sizes)
     assert [index for part in parts for index in part] == list(range(num_images))
     if total_bytes > sealing.MAX_TOTAL_BYTES:
         with pytest.raises(ConfigError, match="a package may hold 64"):
-            site._require_room(sizes)
+            dispatch._require_room(sizes)
     else:
-        site._require_room(sizes)
+        dispatch._require_room(sizes)
         assert len(parts) <= contribution.MAX_SHARDS
     assert max(sum(sizes[index] for index in part) for part in parts) <= contribution.MAX_SHARD_BYTES
     if num_images <= shard.IMAGES_PER_ROW_GROUP and total_bytes < 2**28:
@@ -514,7 +526,7 @@ def test_write_parts__keeps_what_was_made_of_the_same_content_alone(tmp_path: Pa
             asked.append(word)
             yield shard.row_of(fundus.encode_png(image), site_id="aster", origin="real", cells={"camera": word})
 
-        site._write_parts([1], tmp_path / "package" / "shards", tmp_path, rows_of, content=[word])
+        dispatch._write_parts([1], tmp_path / "package" / "shards", tmp_path, rows_of, content=[word])
         (row,) = pq.read_table(tmp_path / "package" / "shards" / "part-00000.parquet").to_pylist()
         return str(row["camera"])
 

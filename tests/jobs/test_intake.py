@@ -45,11 +45,11 @@ from gretfound import (
 )
 from gretfound.admission import History
 from gretfound.disclosure import Policy
+from gretfound.dispatch import Recipe
 from gretfound.errors import ConfigError, ContributionRejected, LineageError
 from gretfound.generator import adapter, pipeline
 from gretfound.keyring import Keyring
 from gretfound.lineage import Contribution, Corpus, Generator, ShardSet, Site
-from gretfound.site import Recipe
 from jobs import assemble_corpus, evaluate_encoder, intake, pretrain_encoder, withdraw_site
 from tests import faulty_s3, hubs, odd_weights, parties, summaries, tiny_generator
 from tests.faulty_s3 import Faults

@@ -10,10 +10,10 @@ import pytest
 
 from gretfound import admission, confinement, disclosure
 from gretfound.admission import History
+from gretfound.dispatch import Recipe
 from gretfound.gate import canaries
 from gretfound.generator import exposure, pipeline, private
 from gretfound.keyring import Keyring
-from gretfound.site import Recipe
 from tests import knowing, parties, summaries, tiny_generator
 from tests.parties import Hub
 
