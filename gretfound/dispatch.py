@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from gretfound.generator.squares import Square
 
 MAX_EPSILON = 10.0  # a larger one may not be called differential privacy
-MAX_EPSILON_OF_FEW, MIN_PATIENTS_IN_PRIVATE = 8.0, 200  # the gate's G0
 KEY_BYTES = 32
 _ROW_BYTES = 4096  # of a shard's row beside its image, at most
 _PART_BYTES = 512 * 2**20
@@ -197,7 +196,7 @@ def contribute(
         if _has_keys_of(ring, sealing.read_draft(draft_path)):
             return _sealed_if_ready(ring, draft_path, package_path, passphrase, today)
         draft_path.unlink()  # a key was replaced since
-    found = examine(folder_path, _private_policy(policy, dp_epsilon))
+    found = examine(folder_path, _gated(policy, gate, dp_epsilon))
     if not found.is_fit_for(form):
         raise NotFit(examination.to_text(found), form)
     work_path = (work_path or out_path / ".work") / work_id
@@ -353,15 +352,12 @@ def _digest_of_inputs(
     )
 
 
-def _private_policy(policy: SitePolicy, dp_epsilon: float | None) -> SitePolicy:
-    """Returns a policy that asks for fewer patients where each of them is protected by differential privacy."""
-    if dp_epsilon is None or dp_epsilon > MAX_EPSILON_OF_FEW:
+def _gated(policy: SitePolicy, gate: gate_policy.Policy, dp_epsilon: float | None) -> SitePolicy:
+    """Returns a policy that asks for as many patients as the gate does, where it asks for patients at all."""
+    if not policy.min_patients_to_train:
         return policy
-    return replace(
-        policy,
-        min_images_to_train=min(policy.min_images_to_train, MIN_PATIENTS_IN_PRIVATE),
-        min_patients_to_train=min(policy.min_patients_to_train, MIN_PATIENTS_IN_PRIVATE),
-    )
+    needed = gate.num_patients_for(dp_epsilon)
+    return replace(policy, min_images_to_train=needed, min_patients_to_train=needed)
 
 
 def examine(folder_path: Path, policy: SitePolicy) -> Examination:

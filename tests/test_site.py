@@ -326,10 +326,11 @@ def test_main__contribute_weights_with_differential_privacy(
     assert course == '{"images_seen":16,"loss":0.0}\n', "a loss of patients left outside of the account"
 
 
-@pytest.mark.parametrize(("epsilon", "required"), [(None, 1000), (8.0, 200), (8.1, 1000)])
-def test_private_policy__takes_fewer_patients_where_each_is_protected(epsilon: float | None, required: int) -> None:
-    found = dispatch._private_policy(examination.STANDARD, epsilon)
+@pytest.mark.parametrize(("epsilon", "required"), [(None, 1334), (8.0, 267), (8.1, 1334)])
+def test_gated__takes_fewer_patients_where_each_is_protected(epsilon: float | None, required: int) -> None:
+    found = dispatch._gated(examination.STANDARD, gate_policy.read_policy("standard"), epsilon)
     assert (found.min_patients_to_train, found.min_images_to_train, found.stamp) == (required, required, "standard/1")
+    assert epsilon or found == examination.STANDARD, "check says the same as contribute"
 
 
 @pytest.mark.parametrize(

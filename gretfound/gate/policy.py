@@ -1,5 +1,6 @@
 """The numbers of the privacy gate: variants in versioned files, `conf/gate/`."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ class Policy:
         odd += ["held_out_share"] if not 0.0 < self.held_out_share < 1.0 else []
         if odd:
             raise ValueError(f"found {', '.join(odd)} out of range")
+
+    def num_patients_for(self, epsilon: float | None) -> int:
+        """Returns how many patients a site needs, those held out included; fewer with differential privacy."""
+        is_private = epsilon is not None and epsilon <= self.max_epsilon
+        return math.ceil((self.min_patients_private if is_private else self.min_patients) / (1 - self.held_out_share))
 
     @property
     def stamp(self) -> str:
