@@ -51,7 +51,7 @@ def test_finetune_locally__goes_on_where_it_was_killed(site: tuple[Path, Path], 
         on_progress=lambda progress: seen.append(progress.images_seen),
         **again,
     )
-    assert seen == [24]
+    assert seen[0] > 16 and seen[-1] == 24, "it goes on after the second checkpoint"
     found, required = (load_file(path / adapter.ADAPTER_TENSORS) for path in (adapter_path, undisturbed))
     assert set(found) == set(required)
     for name, tensor in required.items():
@@ -75,7 +75,6 @@ def test_finetune_locally__a_held_out_photograph_leaves_no_trace(site: tuple[Pat
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
     assert any(not torch.equal(weights[name], tensor) for name, tensor in others.items())
-    assert adapter.read_terms(found).num_images == 5
     assert len(list((tmp_path / "latents").iterdir())) == 2  # one a shard, whatever is left out
     assert list(finetune.read_patients([shard_path])) == [(row["image_id"], row["patient"]) for row in rows]
 
@@ -88,7 +87,7 @@ def test_finetune_locally__full_method_lowers_the_loss(site: tuple[Path, Path], 
         learning_rate=3e-3, method="full", min_snr_gamma=None, on_progress=lambda p: losses.append(p.loss),
     )  # fmt: skip
     terms = adapter.read_terms(adapter_path)
-    assert (terms.method, terms.num_images, terms.images_seen) == ("full", 6, 240)
+    assert (terms.method, terms.images_seen) == ("full", 240)
     assert terms.final_loss < 0.9  # an untrained UNet predicts nothing: its loss is the noise's variance, 1
     installed = pipeline.install_adapter(base_path, adapter_path, tmp_path / "generator")
     trained = load_file(adapter_path / adapter.ADAPTER_TENSORS)
