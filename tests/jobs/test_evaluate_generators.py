@@ -133,7 +133,7 @@ def test_plan__leaves_out_what_is_nearly_a_photograph_of_the_training(tmp_path: 
 
 
 def test_evaluate_generators__asks_for_a_generator(tmp_path: Path) -> None:
-    with pytest.raises(LineageError, match="no site's generator"):
+    with pytest.raises(LineageError, match="no such generator of a site"):
         evaluate_generators.main([f"hub_uri={tmp_path}"])
 
 

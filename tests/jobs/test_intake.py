@@ -107,7 +107,7 @@ def _image_package(
 ) -> Path:
     staging_path = path.with_suffix("")
     (staging_path / "shards").mkdir(parents=True)
-    known = [{"sex": "female"}] * num_images
+    known = [{"sex": ("female", "male")[place % 2]} for place in range(num_images)]  # all of one would not be told
     made_by = told_by or disclosure.read_policy("demonstration")
     summary_made = summaries.write_summary(staging_path, known, policy=made_by)
     told = disclosure.told_rows(known, summary_made, policy=made_by)
@@ -230,7 +230,7 @@ def test_main__admits_photographs(hub_uri: str, tmp_path: Path) -> None:
     assert shard_set.parents == (contribution_id,)
     assert (shard_set.num_images, shard_set.origin, shard_set.rejected) == (4, "real", {})
     rows = list(shard.read_rows(storage.join(hub_uri, shard_set.shards[0].path)))
-    assert [row["sex"] for row in rows] == ["female"] * 4
+    assert [row["sex"] for row in rows] == ["female", "male"] * 2
     made = admission.made_by(hub_uri, record)
     assert (made.contribution_id, made.shard_set_id, made.generator_id) == (contribution_id, shard_set.id, "")
     assert _events(hub_uri) == [("accepted", "")]
