@@ -9,7 +9,7 @@ export PATH := $(PYTHON_IN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 export AWS_EC2_METADATA_DISABLED ?= true
 
-.PHONY: setup demo test test-slow bench gate-power lint site-image
+.PHONY: setup demo test test-slow test-long bench gate-power lint site-image
 
 setup:
 	@.ci/environment
@@ -18,10 +18,13 @@ demo: setup
 	python -m jobs.demo $(if $(SITES),conf/demo/real.yaml sites="$(SITES)") $(if $(EVAL),evaluation="$(EVAL)") hub_uri=$(HUB)
 
 test: setup
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow and not long"
 
 test-slow: setup
 	python -m pytest -m slow
+
+test-long: setup
+	python -m pytest -m long
 
 bench: setup
 	python -m tests.bench

@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
     cluster.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)  # six minutes were seen, most of them spent waiting for Ray
 def test_run__goes_on_with_the_workers_that_are_left(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -71,7 +71,7 @@ def _held(generator: Any, eye: eyes.EmbeddingEye, trained: list[Photograph], hel
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hold__an_over_trained_generator_fails_on_copies_and_membership(eye: eyes.EmbeddingEye, tmp_path: Path) -> None:
     trained, held_out = draw(0, 40, SIZE_PX), draw(1000, 40, SIZE_PX)
     held = _held(_generator(trained, tmp_path, num_images=24_000), eye, trained, held_out)

@@ -61,7 +61,7 @@ def survive(job: str, keys: list[str], victims: list[str], chance: random.Random
             return answer
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_jobs__ten_kills_change_neither_the_weights_nor_the_rows(ray_cluster: None, tmp_path: Path) -> None:
     chance = random.Random(4)
     base_path = write_base(tmp_path / "base")

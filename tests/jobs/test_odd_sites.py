@@ -42,7 +42,7 @@ def publish(hub_uri: str, folder_path: Path, site_id: str) -> None:
     storage.write_record(hub_uri, ShardSet(**made, shards=shards, rejected={}))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_finetune_generators__odd_sites_end_with_a_clear_state(ray_cluster: None, tmp_path: Path) -> None:
     hub_uri = storage.normalised(str(tmp_path / "hub"))
     base = publish_base(hub_uri, write_base(tmp_path / "base"))
