@@ -10,7 +10,6 @@ from scipy import ndimage
 from scipy.interpolate import CubicSpline
 from scipy.stats import spearmanr
 
-from gretfound import phantom
 from gretfound.errors import LineageError
 from gretfound.evaluation import fidelity, vessels
 from gretfound.phantom import SITES, PhantomTruth, draw_eye, draw_patient
@@ -153,7 +152,7 @@ def measured() -> list[list[tuple[vessels.VesselStatistics, float, float]]]:
             drawn = []
             for width, winding in LEVELS:
                 patient = replace(draw_patient(SITES[name], seed=seed), vessel_width=width, tortuosity=winding)
-                patch.setattr(phantom, "draw_patient", lambda site, *, seed, patient=patient: patient)
+                patch.setattr("gretfound.phantom.eye.draw_patient", lambda site, *, seed, patient=patient: patient)
                 eye = draw_eye(SITES[name], seed=seed, size_px=576)
                 drawn.append((vessels.measure(eye.image), true_density(eye.truth), true_tortuosity(eye.truth)))
             found.append(drawn)
