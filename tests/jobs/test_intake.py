@@ -838,7 +838,7 @@ def _killed_and_run_again(hub_uri: str, packages: dict[Path, str], command: list
     ledger.verify(hub_uri, anchors=ledger.read_anchors(storage.join(hub_uri, "receipts")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_main__hundred_packages_and_the_job_itself_is_killed(
     hub: Hub, hub_uri: str, tmp_path: Path, base_path: Path
 ) -> None:
