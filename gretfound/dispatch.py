@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from gretfound import fit
     from gretfound.generator.squares import Square
 
-MAX_EPSILON = 10.0  # a larger one may not be called differential privacy
 KEY_BYTES = 32
 _ROW_BYTES = 4096  # of a shard's row beside its image, at most
 _PART_BYTES = 512 * 2**20
@@ -162,11 +161,12 @@ def contribute(
         raise ConfigError(f"--base is required for the form {form!r}: the generator to start from")
     if form == "weights" and recipe.method == "full" and policy.name == "standard":
         raise ConfigError("--method full is for the demonstration policy; the hub admits low-rank factors (lora) only")
-    if dp_epsilon is not None and (form == "images" or recipe.method == "full" or not 0 < dp_epsilon <= MAX_EPSILON):
-        raise ConfigError(
-            f"--dp-epsilon {dp_epsilon:g}: required above 0 and at most {MAX_EPSILON:g}, for a form that is trained, "
-            "with --method lora"
-        )
+    if dp_epsilon is not None:
+        if form == "images" or recipe.method == "full":
+            raise ConfigError("--dp-epsilon is for a form that is trained, with --method lora")
+        from gretfound.generator import private  # torch
+
+        private.tier_of(dp_epsilon)
     ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
     today = today or datetime.now(UTC).date()
     rules, gate = disclosure.read_policy(policy.name), gate_policy.read_policy(policy.name)

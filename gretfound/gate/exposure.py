@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gretfound.fundus import Photograph
-from gretfound.generator import autoencoding
+from gretfound.generator import autoencoding, denoising
 from gretfound.generator.pipeline import caption_ids
 from gretfound.generator.squares import as_tensor
 
@@ -59,21 +59,25 @@ def losses(
     number_N = torch.tensor([distinct.index(caption) for caption in captions])
     generator = torch.Generator().manual_seed(seed)
     noises = [torch.randn(latents_NCHW.shape[1:], generator=generator) for _ in range(num_noises)]
+    device = pipeline.unet.device
+    objective = denoising.DenoisingObjective(
+        unet=pipeline.unet, scheduler=pipeline.scheduler, captions=denoising.EncodedCaptions(text_KLD[-1])
+    ).to(device)
     total_N = torch.zeros(len(squares), dtype=torch.float64)
     for time in times:
         step = time * len(pipeline.scheduler.alphas_cumprod) // _TRAINING_TIMES
-        alpha = float(pipeline.scheduler.alphas_cumprod[step])
         for noise_CHW in noises:
             parts = []
             for latents_BCHW, number_B in zip(
                 torch.split(latents_NCHW, _BATCH), torch.split(number_N, _BATCH), strict=True
             ):
-                noised_BCHW = alpha**0.5 * latents_BCHW + (1 - alpha) ** 0.5 * noise_CHW
-                target_BCHW = noise_CHW.expand_as(latents_BCHW)
-                if pipeline.scheduler.config.prediction_type == "v_prediction":
-                    target_BCHW = alpha**0.5 * noise_CHW - (1 - alpha) ** 0.5 * latents_BCHW
-                predicted_BCHW = _predict(pipeline, noised_BCHW, step, text_KLD[number_B])
-                parts.append((predicted_BCHW - target_BCHW).square().mean(dim=(1, 2, 3)))
+                error_B = objective.errors(
+                    latents_BCHW.to(device),
+                    text_KLD[number_B].to(device),
+                    torch.full((len(number_B),), step, device=device),
+                    noise_CHW.to(device).expand_as(latents_BCHW),
+                )
+                parts.append(error_B.cpu())
             loss_N = torch.cat(parts).double()
             total_N += (loss_N - loss_N.mean()) / (loss_N.std() + 1e-12)
     mean_N: Floats = (total_N / (len(times) * num_noises)).numpy()

@@ -4,7 +4,7 @@ Three drawn sites are pretrained on; two others, with other cameras and other pe
 is `jobs.pretrain_encoder` with a recipe of conf/pretrain/ and `jobs.evaluate_encoder`, as an operator would call them.
 A seed decides order, crops, masks, initial weights, the untrained network and the probe's folds, not the photographs.
 The seeds run side by side, so their time is an upper bound of one's. The hub is kept, so that a broken-off run goes on
-where it was; delete runs/bench/learning to begin anew. It takes about an hour, so `make bench` alone leaves it out.
+where it was; delete runs/bench/learning to begin anew. It takes long, so `make bench` alone leaves it out.
 """
 
 import json
