@@ -3,8 +3,8 @@
 Three drawn sites are pretrained on; two others, with other cameras and other people, are held out and probed. Every run
 is `jobs.pretrain_encoder` with a recipe of conf/pretrain/ and `jobs.evaluate_encoder`, as an operator would call them.
 A seed decides order, crops, masks, initial weights, the untrained network and the probe's folds, not the photographs.
-The seeds run side by side, so their time is an upper bound of one's. The hub is kept, so that a broken-off run goes on
-where it was; delete runs/bench/learning to begin anew. It takes long, so `make bench` alone leaves it out.
+The seeds run one after another, each with the whole machine. The hub is kept, so that a broken-off run goes on where it
+was; delete runs/bench/learning to begin anew. It takes long, so `make bench` alone leaves it out.
 """
 
 import json
@@ -44,13 +44,15 @@ def main() -> None:
     rows, ratios = [], []
     for objective in OBJECTIVES:
         layers = [f"conf/pretrain/small_{objective}.yaml", "conf/scale/laptop.yaml", "fit.precision=bfloat16"]
-        shared = [[f"hub_uri={hub_uri}", f"seed={seed}"] for seed in SEEDS]
-        began_s = time.perf_counter()
-        encoder_ids = run_jobs("pretrain_encoder", [[*layers, f"corpus_id={corpus_id}", *each] for each in shared])
-        minutes = (time.perf_counter() - began_s) / 60
-        judged = [[f"encoder_id={name}", uris, *each] for name, each in zip(encoder_ids, shared, strict=True)]
-        scores = [read_scores(hub_uri, report_id) for report_id in run_jobs("evaluate_encoder", judged)]
-        rows.append(Row(f"{objective}: {len(SEEDS)} pretrainings side by side, from start to end", minutes, "min"))
+        scores = []
+        for seed in SEEDS:
+            shared = [f"hub_uri={hub_uri}", f"seed={seed}"]
+            began_s = time.perf_counter()
+            encoder_id = run_job("pretrain_encoder", [*layers, f"corpus_id={corpus_id}", *shared])
+            minutes = (time.perf_counter() - began_s) / 60
+            rows.append(Row(f"{objective}: pretraining with seed {seed}, from start to end", minutes, "min"))
+            report_id = run_job("evaluate_encoder", [f"encoder_id={encoder_id}", uris, *shared])
+            scores.append(read_scores(hub_uri, report_id))
         for name in scores[0]:
             low, high = t_interval([each[name] for each in scores])
             rows += [
@@ -69,24 +71,20 @@ def main() -> None:
     write("learning", rows, ratios)
 
 
-def run_jobs(name: str, arguments: Sequence[Sequence[str]]) -> list[str]:
-    """Runs a job once for each list of arguments, side by side, each with a Ray of its own; returns the records' ids.
+def run_job(name: str, arguments: Sequence[str]) -> str:
+    """Runs a job as an operator would; returns its record's id. What it says goes to runs/bench/learning/NAME.log.
 
     Raises:
-        RuntimeError: If one fails; it ends with what that one said last.
+        RuntimeError: If it fails; it ends with what the job said last.
     """
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"WANDB_MODE": "disabled"}
-    logs = [FOLDER / f"{name}-{place}.log" for place in range(len(arguments))]
-    processes = []
-    for each, log in zip(arguments, logs, strict=True):
-        with log.open("w") as said:
-            command = [sys.executable, "-m", f"jobs.{name}", *each]
-            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True))
-    answers = [process.communicate()[0] for process in processes]
-    for process, log in zip(processes, logs, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"{name} failed; {log} ends with:\n{log.read_text()[-3000:]}")
-    return [answer.splitlines()[-1] for answer in answers]
+    log = FOLDER / f"{name}.log"
+    with log.open("a") as said:
+        command = [sys.executable, "-m", f"jobs.{name}", *arguments]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed; {log} ends with:\n{log.read_text()[-3000:]}")
+    return done.stdout.splitlines()[-1]
 
 
 def read_scores(hub_uri: str, report_id: str) -> dict[str, float]:
