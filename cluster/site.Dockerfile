@@ -37,7 +37,7 @@ COPY gretfound gretfound
 COPY conf/disclosure conf/disclosure
 COPY conf/gate conf/gate
 RUN echo /opt/gretfound > /opt/venv/lib/python3.11/site-packages/gretfound.pth \
-    && printf '#!/opt/venv/bin/python\nimport sys\nfrom gretfound.site import main\nsys.exit(main())\n' \
+    && printf '#!/opt/venv/bin/python\nimport sys\nfrom gretfound.site import main\n\nif __name__ == "__main__":\n    sys.exit(main())\n' \
         > /opt/venv/bin/gretfound-site \
     && chmod 755 /opt/venv/bin/gretfound-site \
     && /opt/venv/bin/python -m compileall -q gretfound \
