@@ -189,6 +189,7 @@ def judge(
             samples=samples,
             eyes=[
                 eyes.trained_eye(num_drawings=rules.eye_drawings, num_steps=rules.eye_steps, cache_path=eye_path),
+                eyes.DetailEye(),
                 eyes.VesselEye(),
             ],
             generator=generator,

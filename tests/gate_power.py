@@ -40,13 +40,14 @@ def main() -> None:
     cache_path = OUT_PATH / "gate_power"
     cache_path.mkdir(parents=True, exist_ok=True)
     learned = eyes.trained_eye(num_drawings=RULES.eye_drawings, num_steps=RULES.eye_steps, cache_path=cache_path)
-    rows = measure("drawn", drawn_photographs(cache_path), [learned], num_side=NUM_SIDE, num_samples=NUM_SAMPLES,
-                   cache_path=cache_path)  # fmt: skip
+    drawn = drawn_photographs(cache_path)
+    looking = [learned, eyes.DetailEye()]
+    rows = measure("drawn", drawn, looking, num_side=NUM_SIDE, num_samples=NUM_SAMPLES, cache_path=cache_path)
     if REAL_PATH.is_dir():
         real = real_photographs(cache_path)
         num_samples = len(real) - 2 * NUM_REAL_SIDE
-        rows += measure("real", real, [learned, eyes.VesselEye()], num_side=NUM_REAL_SIDE, num_samples=num_samples,
-                        cache_path=cache_path)  # fmt: skip
+        looking.append(eyes.VesselEye())
+        rows += measure("real", real, looking, num_side=NUM_REAL_SIDE, num_samples=num_samples, cache_path=cache_path)
     (OUT_PATH / "gate_power.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{'photographs':<12}{'eye':<11}{'samples':>8}{'planted':>9}{'found':>8}  G1")
     for row in rows:

@@ -1,14 +1,15 @@
-"""Two eyes for copies: a small network that knows drawn photographs only, and the pattern of the vessels.
+"""Three eyes for copies: a small network that knows drawn photographs only, local details, and the vessels' pattern.
 
-They have nothing in common but the photographs: the first compares what a network learned to find alike, the second
-lays one eye's vessels over another's. Whether an eye sees enough at a given resolution is for planted copies to show
-(`gretfound.gate.controls`), never assumed. Photographs are squares of the field of view, as generators draw them;
-generators learn mirrored photographs too, so each eye also compares with the mirror image.
+The first compares what a network learned to find alike; the other two lay one photograph over the other, as its green
+channel less the light around it, or as the vessels that were segmented in it. Whether an eye sees enough at a given
+resolution is for planted copies to show (`gretfound.gate.controls`), never assumed; how far each one sees real
+photographs is in docs/log.md. Photographs are squares of the field of view, as generators draw them; generators learn
+mirrored photographs too, so each eye also compares with the mirror image.
 
-Legend of array suffixes: N queries, M references, S side in pixels, D features, T turned and shifted versions, V views.
+Legend of array suffixes: N queries, M references, S side in pixels, D features, T turned and shifted versions, R turned
+and scaled ones, W side of a map with what is shifted in.
 """
 
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -39,8 +40,10 @@ VESSEL_PX = 256
 MIN_VESSEL_PX = 288  # of a square: its circle is found a little smaller
 _MAP_PX = 40
 _TURNS_DEG = (-8.0, -4.0, 0.0, 4.0, 8.0)
-_SCALES = (0.94, 1.0, 1.06)
-_SHIFTS_PX = (-4, -2, 0, 2, 4)
+_DARK = 0.08  # of full light; below it is no field of view
+_LIGHT_PX, _CONTRAST_PX, _RIM_PX = 5, 9, 5  # of a map of 40 px: what counts as around a pixel
+_MAX_DETAIL = 1.5  # standard deviations
+_BLUR_PX = 0.5
 
 
 class Eye(Protocol):
@@ -94,10 +97,81 @@ class EmbeddingEye:
         return larger
 
 
-class VesselEye:
+class _LaidOver:
+    """The correlation of two maps of 40 x 40 cells, the best over turns, scales, shifts and the mirror image.
+
+    Args:
+        scales: Of the query.
+        reach: How far the query is shifted along each axis, in cells.
+        step: Between two shifts, in cells.
+    """
+
+    def __init__(self, scales: Sequence[float], *, reach: int, step: int) -> None:
+        self._step, wide_px = step, _MAP_PX + 2 * reach
+        thetas = []
+        for turn, scale in itertools.product(np.radians(_TURNS_DEG), scales):
+            cos, sin = scale * np.cos(turn), scale * np.sin(turn)
+            thetas.append([[cos, -sin, 0.0], [sin, cos, 0.0]])
+        theta = torch.tensor(np.array(thetas), dtype=torch.float32)
+        grid = nn.functional.affine_grid(theta, [len(theta), 1, wide_px, wide_px], align_corners=False)
+        self._grid_RWW2 = grid * (wide_px / _MAP_PX)
+
+    @torch.inference_mode()
+    def similarity(self, seen_N: Floats, known_M: Floats) -> Floats:
+        """Returns the best correlation over all versions of the query, (N, M)."""
+        known_MD = torch.from_numpy(known_M.reshape(len(known_M), _MAP_PX * _MAP_PX))
+        known_MD = known_MD - known_MD.mean(dim=1, keepdim=True)
+        known_MD = known_MD / known_MD.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        best = np.zeros((len(seen_N), len(known_M)), np.float32)
+        if len(known_M):
+            for row, map_SS in enumerate(seen_N):
+                versions_TD = self._versions(map_SS)
+                mean_T, square_T = versions_TD.mean(dim=1), versions_TD.square().mean(dim=1)
+                length_T = ((square_T - mean_T.square()) * versions_TD.shape[1]).clamp(min=1e-12).sqrt()
+                best[row] = ((versions_TD @ known_MD.T) / length_T[:, None]).amax(dim=0).numpy()
+        return best
+
+    def _versions(self, map_SS: Floats) -> Tensor:
+        """Returns a map turned, scaled, shifted and mirrored in all ways, (T, D)."""
+        plain = torch.from_numpy(np.stack([map_SS, map_SS[:, ::-1]]))
+        wide = plain[None].expand(len(self._grid_RWW2), -1, -1, -1)
+        turned = nn.functional.grid_sample(wide, self._grid_RWW2, align_corners=False)
+        shifted = turned.unfold(2, _MAP_PX, self._step).unfold(3, _MAP_PX, self._step)
+        return shifted.reshape(-1, _MAP_PX * _MAP_PX)
+
+
+class DetailEye(_LaidOver):
+    """The correlation of two photographs' local details, laid over each other in steps of one cell.
+
+    Details are fine: in steps of two cells, as the vessels are laid over each other, a copy shifted by one is missed.
+    """
+
+    name = "details"
+
+    def __init__(self) -> None:
+        super().__init__((0.94, 0.98, 1.02, 1.06, 1.1), reach=3, step=1)
+
+    def why_blind(self, size_px: int) -> str:  # noqa: ARG002 - another eye asks
+        """Always empty: planted copies tell."""
+        return ""
+
+    @torch.inference_mode()
+    def look(self, squares: Iterable[Photograph]) -> Floats:
+        """Returns the details of green, of equal contrast everywhere, (N, 40, 40)."""
+        maps = [np.zeros((0, _MAP_PX, _MAP_PX), np.float32)]
+        for block in _blocks(squares, 128):
+            details_BSS = _details(_resized(_as_tensor(block), _MAP_PX))[:, 0].numpy()
+            maps.append(ndimage.gaussian_filter(details_BSS, (0, _BLUR_PX, _BLUR_PX)))
+        return np.concatenate(maps)
+
+
+class VesselEye(_LaidOver):
     """The correlation of two vessel patterns, the better of small turns, shifts, scales and of the mirror image."""
 
     name = "vessels"
+
+    def __init__(self) -> None:
+        super().__init__((0.94, 1.0, 1.06), reach=4, step=2)
 
     def why_blind(self, size_px: int) -> str:
         """Too few pixels leave no vessel to follow."""
@@ -108,15 +182,6 @@ class VesselEye:
         maps = [np.zeros((0, _MAP_PX, _MAP_PX), np.float32)]
         maps += [_vessel_map(square)[None] for square in squares]
         return np.concatenate(maps)
-
-    def similarity(self, seen_N: Floats, known_M: Floats) -> Floats:
-        """Returns the best correlation over all versions of the query, (N, M)."""
-        known_MD = torch.from_numpy(_standardised(known_M.reshape(len(known_M), -1)))
-        best = np.empty((len(seen_N), len(known_M)), np.float32)
-        for row, map_SS in enumerate(seen_N):
-            versions_TD = torch.from_numpy(_standardised(_versions(map_SS)))
-            best[row] = (versions_TD @ known_MD.T).amax(dim=0).numpy() if len(known_M) else 0.0
-        return best
 
 
 def _blocks(squares: Iterable[Photograph], size: int) -> Iterable[list[Photograph]]:
@@ -250,28 +315,18 @@ def _vessel_map(square: Photograph) -> Floats:
     return reduced
 
 
-def _standardised(rows_ND: Floats) -> Floats:
-    centred = rows_ND - rows_ND.mean(axis=1, keepdims=True)
-    standardised: Floats = (centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)).astype(
-        np.float32
-    )
-    return standardised
+def _details(x_BCSS: Tensor) -> Tensor:
+    """Returns green less the light around it over the contrast around it, within the rim, (B, 1, S, S)."""
+    inside = (x_BCSS.amax(dim=1, keepdim=True) > _DARK).float()
+    inside = -nn.functional.max_pool2d(-inside, _RIM_PX, stride=1, padding=_RIM_PX // 2)
+    green = x_BCSS[:, 1:2]
 
+    def around(values: Tensor, side_px: int) -> Tensor:
+        total, weight = (nn.functional.avg_pool2d(each, side_px, 1, side_px // 2) for each in (values * inside, inside))
+        return total / weight.clamp(min=1e-3)
 
-def _versions(map_SS: Floats) -> Floats:
-    """Returns a map turned, scaled, shifted and mirrored in all ways, (T, D)."""
-    plain = torch.from_numpy(np.stack([map_SS, map_SS[:, ::-1]]))
-    turned = nn.functional.grid_sample(
-        plain.reshape(1, 2, _MAP_PX, _MAP_PX).expand(len(_grid()), -1, -1, -1), _grid(), align_corners=False
-    )
-    return turned.reshape(-1, _MAP_PX * _MAP_PX).numpy()
-
-
-@functools.cache
-def _grid() -> Tensor:
-    thetas = []
-    for turn, scale, x, y in itertools.product(np.radians(_TURNS_DEG), _SCALES, _SHIFTS_PX, _SHIFTS_PX):
-        cos, sin = scale * np.cos(turn), scale * np.sin(turn)
-        thetas.append([[cos, -sin, 2 * x / _MAP_PX], [sin, cos, 2 * y / _MAP_PX]])
-    theta = torch.tensor(np.array(thetas), dtype=torch.float32)
-    return nn.functional.affine_grid(theta, [len(theta), 1, _MAP_PX, _MAP_PX], align_corners=False)
+    light = around(green, _LIGHT_PX)
+    detail = (green - light) / (light + 0.05) * inside
+    contrast = around(detail.square(), _CONTRAST_PX).sqrt()
+    usual = contrast.mean(dim=(2, 3), keepdim=True)
+    return (detail / (contrast + 0.3 * usual + 1e-6)).clamp(-_MAX_DETAIL, _MAX_DETAIL) * inside

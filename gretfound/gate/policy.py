@@ -10,7 +10,7 @@ import yaml
 from gretfound.errors import ConfigError
 
 POLICY_FOLDER = Path(__file__).parents[2] / "conf" / "gate"
-EYES = ("embedding", "vessels")
+EYES = ("embedding", "details", "vessels")
 _SHARES = (
     "held_out_share", "min_copies_found", "min_visits_found", "max_false_flags", "max_p", "max_excess", "warn_excess",
     "max_patient_excess", "max_auc_upper", "fail_auc", "max_tpr", "max_tpr_upper", "fail_tpr", "max_blind_auc",

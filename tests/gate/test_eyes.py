@@ -60,16 +60,17 @@ class _Blind:
 def test_look_for_copies__finds_planted_ones_and_no_others(eye: eyes.EmbeddingEye) -> None:
     trained, held_out, fresh = draw(0, 60, 64), draw(1000, 30, 64), draw(2000, 40, 64)
     sides = {"trained": side_of(trained, "t"), "held_out": side_of(held_out, "h")}
-    healthy = trial.look_for_copies(**sides, samples=fresh, eyes=[eye, eyes.VesselEye()], policy=RULES)
+    looking = [eye, eyes.DetailEye(), eyes.VesselEye()]
+    healthy = trial.look_for_copies(**sides, samples=fresh, eyes=looking, policy=RULES)
     assert [check.verdict for check in healthy.checks] == ["PASS", "PASS"], healthy.checks
     assert "vessels_cannot_see" in healthy.checks[0].measured, "64 px show no vessel, and it has to say so"
 
     copied = [controls.plant_copy(trained[place], kind="brightness", seed=place) for place in range(20)]
-    found = trial.look_for_copies(**sides, samples=[*copied, *fresh[20:]], eyes=[eye], policy=RULES)
+    found = trial.look_for_copies(**sides, samples=[*copied, *fresh[20:]], eyes=looking, policy=RULES)
     assert found.checks[1].verdict == "FAIL" and len({*found.flagged} & {*range(20)}) >= 18
     assert found.pairs[0].trained == found.pairs[0].sample < 20
-    required = replace(RULES, required_eyes=("embedding", "vessels"))
-    unseen = trial.look_for_copies(**sides, samples=fresh, eyes=[eye, eyes.VesselEye()], policy=required)
+    required = replace(RULES, required_eyes=("details", "vessels"))
+    unseen = trial.look_for_copies(**sides, samples=fresh, eyes=looking, policy=required)
     assert unseen.checks[0].verdict == "INCONCLUSIVE"
 
 
@@ -96,6 +97,33 @@ def test_embedding_eye__sees_a_mirrored_copy(eye: eyes.EmbeddingEye) -> None:
     squares = draw(0, 3, 64)
     mirrored = [np.ascontiguousarray(square[:, ::-1]) for square in squares]
     assert np.diag(eye.similarity(eye.look(mirrored), eye.look(squares))).min() > 0.99
+
+
+@pytest.mark.parametrize("size_px", [32, 64])
+def test_detail_eye__finds_copies_and_second_visits_at_few_pixels(size_px: int) -> None:
+    seeing = eyes.DetailEye()
+    trained, held_out = draw(0, 40, size_px), draw(1000, 40, size_px)
+    known = seeing.look(trained)
+    best = seeing.similarity(seeing.look(held_out), known).max(axis=1)
+    for changed in (
+        [
+            controls.plant_copy(square, kind=controls.KINDS[place % 5], seed=place // 2)
+            for place, square in enumerate(trained)
+        ],
+        [controls.imitate_visit(square, seed=place) for place, square in enumerate(trained)],
+    ):
+        similarity = seeing.similarity(seeing.look(changed), known)
+        assert (similarity.argmax(axis=1) == np.arange(40)).mean() >= 0.95
+        assert (similarity.max(axis=1) > best.max()).mean() >= 0.95
+
+
+def test_detail_eye__finds_nothing_in_a_blank_photograph() -> None:
+    seeing = eyes.DetailEye()
+    blank = np.zeros((64, 64, 3), np.uint8)
+    known = seeing.look(draw(0, 4, 64))
+    assert seeing.similarity(seeing.look([blank]), known).max() < 0.1
+    assert seeing.similarity(known, seeing.look([blank])).max() < 0.1
+    assert seeing.similarity(known, known[:0]).shape == (4, 0)
 
 
 @pytest.mark.slow
