@@ -41,7 +41,7 @@ def main() -> None:
     cache_path.mkdir(parents=True, exist_ok=True)
     learned = eyes.trained_eye(num_drawings=RULES.eye_drawings, num_steps=RULES.eye_steps, cache_path=cache_path)
     drawn = drawn_photographs(cache_path)
-    looking = [learned, eyes.DetailEye()]
+    looking: list[Eye] = [learned, eyes.DetailEye()]
     rows = measure("drawn", drawn, looking, num_side=NUM_SIDE, num_samples=NUM_SAMPLES, cache_path=cache_path)
     if REAL_PATH.is_dir():
         real = real_photographs(cache_path)
