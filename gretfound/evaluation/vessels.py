@@ -148,16 +148,12 @@ def measure(image: Photograph, *, size_px: int = SIZE_PX) -> VesselStatistics:
 
 
 def segment(image: Photograph, *, size_px: int = SIZE_PX) -> tuple[Bools, Bools]:
-    """Finds the vessels: dark ridges in green that an oriented filter tells from the background.
+    """Finds the vessels: lines of `line_strength` above a threshold, and what hangs on to them above a lower one.
 
-    Green is taken relative to its surroundings as an optical density, so that light and pigment divide out. Elongated
-    second derivatives of Gaussians at twelve orientations answer to dark lines; the strongest orientation counts, and
-    the mean over two widths. Lines above a high threshold are kept with what hangs on to them above a low one
-    (hysteresis), if they are long enough. Thresholds are absolute: relative to a photograph's own noise, the density
+    They have to be long enough. Thresholds are absolute: relative to a photograph's own noise, the density
     would follow the noise.
 
-    Source: the matched filter of Chaudhuri et al. 1989 (IEEE TMI 8:263), sections III and IV, on two widths, each
-    normalised by its scale as in Lindeberg 1998 (IJCV 30:117); hysteresis: Canny 1986 (IEEE TPAMI 8:679).
+    Source: hysteresis: Canny 1986 (IEEE TPAMI 8:679).
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -165,6 +161,36 @@ def segment(image: Photograph, *, size_px: int = SIZE_PX) -> tuple[Bools, Bools]
 
     Returns:
         Which pixels of the field's square, (size_px, size_px), are vessel, and which are in the field.
+
+    Raises:
+        ValueError: As in `measure`.
+    """
+    answer_HW, is_seen_HW = line_strength(image, size_px=size_px)
+    label_HW, num_labels = ndimage.label(is_seen_HW & (answer_HW > LOW), np.ones((3, 3)))
+    is_kept = np.zeros(num_labels + 1, dtype=bool)
+    if num_labels:
+        is_kept[1:] = ndimage.maximum(answer_HW, label_HW, np.arange(1, num_labels + 1)) > HIGH
+        extents = [np.hypot(*(side.stop - side.start for side in box)) for box in ndimage.find_objects(label_HW)]
+        is_kept[1:] &= np.array(extents) >= MIN_EXTENT * size_px
+    return is_kept[label_HW], is_seen_HW
+
+
+def line_strength(image: Photograph, *, size_px: int = SIZE_PX) -> tuple[npt.NDArray[np.float32], Bools]:
+    """Returns how strongly each pixel lies on a dark ridge in green, as an oriented filter tells.
+
+    Green is taken relative to its surroundings as an optical density, so that light and pigment divide out. Elongated
+    second derivatives of Gaussians at twelve orientations answer to dark lines; the strongest orientation counts, and
+    the mean over two widths.
+
+    Source: the matched filter of Chaudhuri et al. 1989 (IEEE TMI 8:263), sections III and IV, on two widths, each
+    normalised by its scale as in Lindeberg 1998 (IJCV 30:117).
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        size_px: Diameter that the field of view is brought to.
+
+    Returns:
+        The strength in optical density, (size_px, size_px), and which pixels are in the field.
 
     Raises:
         ValueError: As in `measure`.
@@ -183,14 +209,7 @@ def segment(image: Photograph, *, size_px: int = SIZE_PX) -> tuple[Bools, Bools]
     )
     is_seen_HW = fundus.inside_mask(square.shape, circle) & is_lit_HW
     depth_HW = _optical_density(square[..., 1].astype(np.float32), is_seen_HW, BACKGROUND * size_px)
-    answer_HW = _line_answer(depth_HW, size_px)
-    label_HW, num_labels = ndimage.label(is_seen_HW & (answer_HW > LOW), np.ones((3, 3)))
-    is_kept = np.zeros(num_labels + 1, dtype=bool)
-    if num_labels:
-        is_kept[1:] = ndimage.maximum(answer_HW, label_HW, np.arange(1, num_labels + 1)) > HIGH
-        extents = [np.hypot(*(side.stop - side.start for side in box)) for box in ndimage.find_objects(label_HW)]
-        is_kept[1:] &= np.array(extents) >= MIN_EXTENT * size_px
-    return is_kept[label_HW], is_seen_HW
+    return _line_answer(depth_HW, size_px), is_seen_HW
 
 
 def thin(is_vessel_HW: Bools) -> Bools:

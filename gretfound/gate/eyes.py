@@ -1,7 +1,7 @@
 """Three eyes for copies: a small network that knows drawn photographs only, local details, and the vessels' pattern.
 
 The first compares what a network learned to find alike; the other two lay one photograph over the other, as its green
-channel less the light around it, or as the vessels that were segmented in it. Whether an eye sees enough at a given
+channel less the light around it, or as the dark lines in it. Whether an eye sees enough at a given
 resolution is for planted copies to show (`gretfound.gate.controls`), never assumed; how far each one sees real
 photographs is in docs/log.md. Photographs are squares of the field of view, as generators draw them; generators learn
 mirrored photographs too, so each eye also compares with the mirror image.
@@ -44,6 +44,8 @@ _DARK = 0.08  # of full light; below it is no field of view
 _LIGHT_PX, _CONTRAST_PX, _RIM_PX = 5, 9, 5  # of a map of 40 px: what counts as around a pixel
 _MAX_DETAIL = 1.5  # standard deviations
 _BLUR_PX = 0.5
+_TOP_QUANTILE = 0.95  # of the strength of lines within the field: there is vessel above it
+_AROUND_PX = 3.0  # what all eyes have in common: more vessels in one half than in the other
 
 
 class Eye(Protocol):
@@ -178,7 +180,10 @@ class VesselEye(_LaidOver):
         return "" if size_px >= MIN_VESSEL_PX else f"found {size_px} px; vessels need {MIN_VESSEL_PX}"
 
     def look(self, squares: Iterable[Photograph]) -> Floats:
-        """Returns the density of vessels in a grid of 40 x 40 cells, (N, 40, 40)."""
+        """Returns the vessels in a grid of 40 x 40 cells, less how many there are around, (N, 40, 40).
+
+        They are as strong as the lines that are found, not segmented: with blur, thin vessels fall below any threshold.
+        """
         maps = [np.zeros((0, _MAP_PX, _MAP_PX), np.float32)]
         maps += [_vessel_map(square)[None] for square in squares]
         return np.concatenate(maps)
@@ -307,11 +312,14 @@ def _another_visit(x_BCSS: Tensor, generator: torch.Generator) -> Tensor:
 
 def _vessel_map(square: Photograph) -> Floats:
     try:
-        is_vessel, _ = vessels.segment(square, size_px=VESSEL_PX)
+        strength_HW, is_seen_HW = vessels.line_strength(square, size_px=VESSEL_PX)
     except ValueError:  # no field of that size in it: nothing to compare
         return np.zeros((_MAP_PX, _MAP_PX), np.float32)
-    smooth = ndimage.gaussian_filter(is_vessel.astype(np.float32), VESSEL_PX / _MAP_PX / 2)
-    reduced: Floats = ndimage.zoom(smooth, _MAP_PX / VESSEL_PX, order=1)
+    lines_HW = np.where(is_seen_HW, strength_HW.clip(min=0.0), 0.0)
+    top = float(np.quantile(lines_HW[is_seen_HW], _TOP_QUANTILE)) if is_seen_HW.any() else 0.0
+    smooth = ndimage.gaussian_filter(np.minimum(lines_HW / max(top, 1e-6), 1.0), VESSEL_PX / _MAP_PX / 2)
+    reduced: Floats = ndimage.zoom(smooth.astype(np.float32), _MAP_PX / VESSEL_PX, order=1)
+    reduced -= ndimage.gaussian_filter(reduced, _AROUND_PX)
     return reduced
 
 

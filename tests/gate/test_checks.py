@@ -62,9 +62,9 @@ def test_preconditions__ask_for_patients(changes: dict[str, float], verdict: str
     ],
 )
 def test_controls__every_required_eye_has_to_see(vessels: dict[str, float], verdict: str) -> None:
-    found = [Control(eye="embedding", copies_found=1.0, visits_found=1.0), Control(eye="vessels", **vessels)]  # type: ignore[arg-type]
+    found = [Control(eye="details", copies_found=1.0, visits_found=1.0), Control(eye="vessels", **vessels)]  # type: ignore[arg-type]
     assert checks.controls(found, STANDARD, num_real_visits=0).verdict == verdict
-    lenient = replace(STANDARD, required_eyes=("embedding",))
+    lenient = replace(STANDARD, required_eyes=("details",))
     assert checks.controls(found, lenient, num_real_visits=0).verdict == "PASS"
 
 
