@@ -297,6 +297,8 @@ def test_main__contribute_weights(
     report = gate_report.Report.model_validate_json(content)
     assert (report.policy, report.verdict in gate_report.LEAVES) == ("demonstration/1", True)
     assert report.checks[0].measured["held_out_images"] == 21 and b"aster-" not in content
+    (g5,) = [check for check in report.checks if check.name == "G5"]
+    assert g5.measured["num_canaries"] == 20, "the site scores canaries before the hub does"
     (page_path,) = tmp_path.glob("aster-weights-*.gate.html")
     assert stat.S_IMODE(page_path.stat().st_mode) == 0o600
     assert "stays at the site" in page_path.read_text() and "data:image/jpeg" in page_path.read_text()
@@ -358,6 +360,7 @@ def test_main__contribute_writes_nothing_where_too_few_are_held_out(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("failing", ["G7", "G5"])
 def test_main__contribute_writes_nothing_where_the_gate_says_fail(
     larger_site_path: Path,
     gate_eye_path: Path,
@@ -366,16 +369,19 @@ def test_main__contribute_writes_nothing_where_the_gate_says_fail(
     keys_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    failing: str,
 ) -> None:
     shutil.copytree(gate_eye_path, tmp_path, dirs_exist_ok=True)
-    strict = replace(
-        gate_policy.read_policy("demonstration"), max_kid=0.0
-    )  # what an untrained generator draws is noise
-    monkeypatch.setattr(gate_policy, "read_policy", lambda name: strict)
+    if failing == "G7":  # what an untrained generator draws is noise
+        strict = replace(gate_policy.read_policy("demonstration"), max_kid=0.0)
+        monkeypatch.setattr(gate_policy, "read_policy", lambda name: strict)
+    else:  # every training remembers more than nothing
+        monkeypatch.setattr(canaries, "MAX_EPSILON_WITHOUT_NOISE", -1.0)
     arguments = _arguments(larger_site_path, "weights", tmp_path / "out", "--base", str(base_path))
     assert site.main(arguments) == site.EXIT_NOT_FIT
     said = capsys.readouterr().err
-    assert "G7 FAIL" in said and "train longer" in said and "nothing leaves" in said
+    advice = {"G7": "train longer", "G5": "train for fewer steps"}[failing]
+    assert f"{failing} FAIL" in said and advice in said and "nothing leaves" in said
     assert not [path for path in (tmp_path / "out").glob("*") if path.is_file()], "a package or a draft was written"
     assert not list((tmp_path / "out").rglob("*/package/weights")), "weights were staged"
     assert not list(tmp_path.glob("*.releases.json")), "nothing was released"

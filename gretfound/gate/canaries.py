@@ -3,7 +3,8 @@
 The hub's card decides which photographs are drawn. The site's container tosses a secret coin for each, commits to the
 coins before the training, learns the "in" half together with the site's own photographs, and reveals the coins beside
 the weights. The hub measures how well the weights know each canary, guesses which were in, and counts how often it is
-right: so often as a training that keeps its epsilon allows only once in twenty times, and the check fails.
+right: so often as a training that keeps its epsilon allows only once in twenty times, and the check fails. The site does
+the same before it packs, so that no such weights leave; the hub does not rely on it.
 
 Source: Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1) training run" (arXiv:2305.08846), theorem 5.2.
 It is a lower bound by one attack: it can show that a training remembers too much, never that it does not.
@@ -280,6 +281,39 @@ def score(
     Raises:
         ContributionRejected: ``DP_LEDGER`` if the ledger does not add up.
     """
+    with storage.scratch_folder() as folder:
+        base_path = storage.fetch_folder(hub_uri, base, Path(folder) / "base")
+        adapter_path = Path(folder) / "adapter"
+        adapter_path.mkdir()
+        for name, content in adapter_files.items():
+            (adapter_path / name).write_bytes(content)
+        return measure(
+            base_path, adapter_path, reveal=reveal, policy=policy, ledger_bytes=ledger_bytes, device=device
+        )
+
+
+def measure(
+    base_path: Path,
+    adapter_path: Path,
+    *,
+    reveal: Reveal,
+    policy: str,
+    ledger_bytes: bytes | None,
+    device: str = "cpu",
+) -> Check:
+    """Judges weights that lie on this machine, as `score` does; a site calls it before it packs.
+
+    Args:
+        base_path: A trusted diffusers folder.
+        adapter_path: An adapter of it whose tensors were checked.
+        reveal: Which canaries, and their coins.
+        policy: The site policy.
+        ledger_bytes: As `score` takes it.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ContributionRejected: ``DP_LEDGER`` if the ledger does not add up.
+    """
     from gretfound.generator import exposure  # torch
 
     claim = None
@@ -287,14 +321,8 @@ def score(
         from gretfound.generator import private  # Opacus
 
         claim = private.require_ledger_adds_up(ledger_bytes)
-    with storage.scratch_folder() as folder:
-        base_path = storage.fetch_folder(hub_uri, base, Path(folder) / "base")
-        adapter_path = Path(folder) / "adapter"
-        adapter_path.mkdir()
-        for name, content in adapter_files.items():
-            (adapter_path / name).write_bytes(content)
-        photographs = draw(reveal.canary_seed, FLOCKS[policy])
-        gains = exposure.gains(base_path, adapter_path, photographs, caption=CAPTION, device=device)
+    photographs = draw(reveal.canary_seed, FLOCKS[policy])
+    gains = exposure.gains(base_path, adapter_path, photographs, caption=CAPTION, device=device)
     return check(
         gains,
         toss(reveal.coin_secret, reveal.num_canaries),
