@@ -45,7 +45,9 @@ from gretfound.gate import canaries
 from gretfound.gate import policy as gate_policy
 from gretfound.gate import report as gate_report
 from gretfound.gate.verdict import Check
+from gretfound.generator import spending
 from gretfound.generator.adapter import UNET_WEIGHTS
+from gretfound.generator.spending import Ledger
 from gretfound.keyring import Keyring
 from gretfound.sealing import Package
 
@@ -165,9 +167,7 @@ def contribute(
     if dp_epsilon is not None:
         if form == "images" or recipe.method == "full":
             raise ConfigError("--dp-epsilon is for a form that is trained, with --method lora")
-        from gretfound.generator import private  # torch
-
-        private.tier_of(dp_epsilon)
+        spending.tier_of(dp_epsilon)
     ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
     today = today or datetime.now(UTC).date()
     rules, gate = disclosure.read_policy(policy.name), gate_policy.read_policy(policy.name)
@@ -244,10 +244,10 @@ def contribute(
             reveal = _commit(staging_path, policy, seed, canaries.coin_secret_of(_site_key(key_path), work_id))
         learned = _canaries(reveal, policy) if reveal else []
         adapter_path, base_path = _trained(prepared, work_path, recipe, base, learned, dp_epsilon)
-        ledger: bytes | None = None
+        ledger: Ledger | None = None
         if dp_epsilon is not None:
-            ledger = (adapter_path.parent / canaries.LEDGER_NAME).read_bytes()
-            storage.write_bytes(str(staging_path / "privacy" / canaries.LEDGER_NAME), ledger)
+            ledger = spending.read_ledger((adapter_path.parent / spending.LEDGER_NAME).read_bytes())
+            storage.write_bytes(str(staging_path / "privacy" / spending.LEDGER_NAME), ledger.to_bytes())
         base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
         _stage_training(work_path, staging_path, recipe)
         num_drawn = recipe.num_drawn if form == "synthetic" else 0
@@ -259,7 +259,7 @@ def contribute(
                     base_path=base_path,
                     adapter_path=adapter_path,
                     policy=policy.name,
-                    ledger_bytes=ledger,
+                    ledger=ledger,
                     device=recipe.device,
                     work_path=work_path,
                 )

@@ -23,6 +23,7 @@ from gretfound.gate.report import make as make_report
 from gretfound.gate.split import Candidate, Split, common_captions, split
 from gretfound.gate.verdict import Check
 from gretfound.generator import adapter
+from gretfound.generator.spending import Ledger
 from gretfound.metadata import Cells, MetadataSummary
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def judge_canaries(
     base_path: Path,
     adapter_path: Path,
     policy: str,
-    ledger_bytes: bytes | None,
+    ledger: Ledger | None,
     device: str,
     work_path: Path,
 ) -> Check:
@@ -137,17 +138,15 @@ def judge_canaries(
         base_path: The base's folder.
         adapter_path: What was trained.
         policy: The site policy.
-        ledger_bytes: Of a training with differential privacy.
+        ledger: Of a training with differential privacy.
         device: ``cpu`` or ``cuda``.
         work_path: Where the result is kept.
     """
     weights_sha256 = storage.sha256_of(adapter_path / adapter.ADAPTER_TENSORS)
-    key = lineage.digest_of([weights_sha256, reveal.model_dump(), policy, (ledger_bytes or b"").decode()])
+    key = lineage.digest_of([weights_sha256, reveal.model_dump(), policy, ledger.model_dump() if ledger else None])
     path = work_path / "gate" / f"canaries-{key[:16]}.json"
     if not path.exists():
-        found = canaries.measure(
-            base_path, adapter_path, reveal=reveal, policy=policy, ledger_bytes=ledger_bytes, device=device
-        )
+        found = canaries.measure(base_path, adapter_path, reveal=reveal, policy=policy, ledger=ledger, device=device)
         storage.write_bytes(str(path), lineage.canonical_json(asdict(found)))
     return Check(**json.loads(path.read_bytes()))
 

@@ -111,7 +111,11 @@ def parse_document(content: bytes, expected: type[DocumentT]) -> DocumentT:
         document = expected.model_validate_json(content)
     except ValidationError as error:
         raise UnreadableDocument("BAD_FIELD", "; ".join(sorted(_faults(error)))) from None
-    if document.to_bytes() != content:
+    try:
+        text = document.to_bytes()
+    except ValueError as error:  # RFC 8785 has no integer beyond 2**53
+        raise UnreadableDocument("BAD_FIELD", "a number is larger than JSON can say exactly") from error
+    if text != content:
         raise UnreadableDocument("NOT_CANONICAL", "the bytes are not the canonical JSON of their content")
     return document
 

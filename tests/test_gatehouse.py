@@ -1,4 +1,4 @@
-"""The gatehouse: a site judges its canaries as the hub will, once."""
+"""The gatehouse: a site judges its own canaries, once."""
 
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,21 @@ from tests import knowing, tiny_generator
 
 
 @pytest.mark.slow
-def test_judge_canaries__is_the_hubs_judgement_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_generator.publish_base(str(tmp_path / "hub"), tiny_generator.write_base(tmp_path / "base"))
-    files = knowing.adapter_files(tmp_path / "base", tmp_path / "adapter")
+def test_judge_canaries__follows_what_the_weights_know_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_generator.write_base(tmp_path / "base")
+    knowing.adapter_files(tmp_path / "base", tmp_path / "adapter")
     drawn = canaries.draw(7, canaries.FLOCKS["demonstration"])
     gains = exposure.gains(tmp_path / "base", tmp_path / "adapter", drawn, caption=canaries.CAPTION)
-    terms: dict[str, Any] = {"policy": "demonstration", "ledger_bytes": None, "device": "cpu"}
+    terms: dict[str, Any] = {"policy": "demonstration", "ledger": None, "device": "cpu"}
     at_site = {"base_path": tmp_path / "base", "adapter_path": tmp_path / "adapter", "work_path": tmp_path / "work"}
     reveals = {
-        verdict: canaries.Reveal(canary_seed=7, num_canaries=20, coin_secret=knowing.coin_secret_for(gains, knows=knows))
+        verdict: canaries.Reveal(
+            canary_seed=7, num_canaries=20, coin_secret=knowing.coin_secret_for(gains, knows=knows)
+        )
         for knows, verdict in ((True, "FAIL"), (False, "PASS"))
     }
     found = {verdict: gatehouse.judge_canaries(reveal, **at_site, **terms) for verdict, reveal in reveals.items()}
-    for verdict, reveal in reveals.items():
+    for verdict in reveals:
         assert found[verdict].verdict == verdict, "coins of one training were judged by those of another"
-        assert found[verdict] == canaries.score(str(tmp_path / "hub"), base, files, reveal=reveal, **terms)
     monkeypatch.setattr(canaries, "measure", None)
     assert gatehouse.judge_canaries(reveals["FAIL"], **at_site, **terms) == found["FAIL"]

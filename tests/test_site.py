@@ -36,7 +36,7 @@ from gretfound.errors import ConfigError
 from gretfound.gate import canaries
 from gretfound.gate import policy as gate_policy
 from gretfound.gate import report as gate_report
-from gretfound.generator import pipeline, private
+from gretfound.generator import pipeline, private, spending
 from tests import dicoms, parties, tiny_generator
 from tests.parties import Hub
 
@@ -310,7 +310,8 @@ def _require_canaries(opened_path: Path, hub: Hub) -> None:
         (opened_path / "privacy" / name).read_bytes() for name in (canaries.REVEAL_NAME, canaries.COMMITMENT_NAME)
     )
     canary_seed = hub.roster.hub_card.canary_seed
-    canaries.read_reveal(reveal, commitment, canary_seed=canary_seed, policy="demonstration")
+    found = canaries.read_reveal(reveal, commitment)
+    canaries.require_reveal(*found, canary_seed=canary_seed, policy="demonstration")
 
 
 @pytest.mark.slow
@@ -322,7 +323,8 @@ def test_main__contribute_weights_with_differential_privacy(
     assert site.main([*arguments, "--images-seen", "16"]) == site.EXIT_FIT
     _opened(tmp_path / "out", tmp_path / "opened", hub)
     _require_canaries(tmp_path / "opened", hub)
-    ledger = private.require_ledger_adds_up((tmp_path / "opened" / "privacy" / canaries.LEDGER_NAME).read_bytes())
+    ledger = spending.read_ledger((tmp_path / "opened" / "privacy" / spending.LEDGER_NAME).read_bytes())
+    private.require_ledger_adds_up(ledger)
     assert (ledger.claimed_epsilon, ledger.tier) == (6.0, "standard") and 5.8 < ledger.epsilon <= 6.0
     course = (tmp_path / "opened" / "training" / "metrics.jsonl").read_text()
     assert course == '{"images_seen":16,"loss":0.0}\n', "a loss of patients left outside of the account"

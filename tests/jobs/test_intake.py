@@ -638,6 +638,26 @@ def test_admit__only_the_process_that_parses_nothing_has_the_identity(
     assert has_secret == [True, False, False]
 
 
+@pytest.mark.parametrize("report", [{}, {"photographs": 3}])
+def test_admit__reads_no_page_of_a_package_outside_of_the_confined_processes(
+    hub: Hub, tmp_path: Path, base_path: Path, monkeypatch: pytest.MonkeyPatch, report: dict[str, Any]
+) -> None:
+    _publish_base(hub.uri, base_path)
+    path = _weights_package(tmp_path / "package.age", base_path, gate={"policy_name": "demonstration"} | report)
+    read: list[str] = []
+    original = io.open
+
+    def watched(file: Any, mode: str = "r", *arguments: Any, **terms: Any) -> Any:
+        if "/work/opened/" in str(file) and "w" not in mode:
+            read.append(str(file))
+        return original(file, mode, *arguments, **terms)
+
+    monkeypatch.setattr(io, "open", watched)
+    monkeypatch.setattr("builtins.open", watched)
+    assert _admit(hub, path).code == ("GATE_MALFORMED" if report else "")
+    assert read == []
+
+
 def test_admit__repeats_no_word_of_the_process_that_parses(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

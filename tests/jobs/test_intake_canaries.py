@@ -12,7 +12,7 @@ from gretfound import admission, confinement, disclosure
 from gretfound.admission import History
 from gretfound.dispatch import Recipe
 from gretfound.gate import canaries
-from gretfound.generator import exposure, pipeline, private
+from gretfound.generator import exposure, pipeline, private, spending
 from gretfound.keyring import Keyring
 from tests import knowing, parties, summaries, tiny_generator
 from tests.parties import Hub
@@ -25,8 +25,8 @@ def hub(tmp_path: Path) -> Hub:
     return parties.hub_at(tmp_path)
 
 
-def _ledger(delta: float = 1e-5) -> private.Ledger:
-    return private.Ledger(
+def _ledger(delta: float = 1e-5) -> spending.Ledger:
+    return spending.Ledger(
         claimed_epsilon=1.0, epsilon=private.epsilon_spent(HISTORY, delta=delta), delta=delta, tier="strong",
         clip_norm=1e-3, history=HISTORY,
     )  # fmt: skip
