@@ -10,6 +10,7 @@ are whole. A rejection stands. What is in quarantine waits for a person, who may
 """
 
 import math
+import re
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,10 @@ QUARANTINE_CODES = (
 )
 # What the hub or time mends: the package waits, without a verdict.
 WAITING_CODES = ("PREVIOUS_MISSING", "ROSTER_EXPIRED", "UNKNOWN_SITE", "UNKNOWN_KEY")
+# What arrives is not what its name, SHA256.age, or the store says of it: the way is at fault, or whoever put it there.
+CHANGED_ON_THE_WAY = "CHANGED_ON_THE_WAY"
+FETCH_ATTEMPTS = 3
+_NAMED_BY_DIGEST = re.compile(r"([0-9a-f]{64})\.age")
 # What Ray gives to the task that scores canaries.
 SCORING: Mapping[str, float] = MappingProxyType({"num_cpus": 1, "num_gpus": 0, "memory": 2 * 2**30})
 
@@ -208,8 +213,9 @@ def admit(
         scoring: What Ray gives to the task that scores canaries.
 
     Returns:
-        What became of it. There is no verdict, and a code of `WAITING_CODES`, where it may be tried again, and the code
-        ``TOO_LARGE`` without a digest where it was not read.
+        What became of it. There is no verdict, and a code of `WAITING_CODES`, where it may be tried again; without a
+        digest, too, and nothing is written of it, with the codes ``CHANGED_ON_THE_WAY``, to be tried again, and
+        ``TOO_LARGE``, where it was not read.
 
     Raises:
         ConfigError: If this node cannot confine as the policy requires, or the hub's keys cannot be read.
@@ -225,8 +231,16 @@ def admit(
         )
     with storage.scratch_folder() as folder:
         package_path = Path(folder) / "package"
-        storage.download_file(package_uri, package_path)
-        package_sha256 = storage.sha256_of(package_path)
+        package_sha256 = _fetch(package_uri, package_path)
+        if not package_sha256:
+            return Outcome(
+                package_sha256="",
+                verdict="",
+                number=-1,
+                code=CHANGED_ON_THE_WAY,
+                message=f"what arrived, {FETCH_ATTEMPTS} times, is not what its name or the store says of it; nothing "
+                "was judged. Run the command again; if it stays so, ask for the same file once more",
+            )
         history = History(hub_uri, package_sha256)
         history.add("RECEIVED")
         if is_reopened:
@@ -271,6 +285,17 @@ def admit(
             return outcome
         is_whole = opened is not None and (opened.manifest.form != "weights" or opened.weights is not None)
         return _publish(case, opened if opened and is_whole else _open_again(case), outcome, recipe)
+
+
+def _fetch(package_uri: str, package_path: Path) -> str:
+    """Downloads a package; returns its SHA-256, or nothing where it never is what its name or the store promises."""
+    named = _NAMED_BY_DIGEST.fullmatch(package_uri.rpartition("/")[2])
+    for _ in range(FETCH_ATTEMPTS):
+        storage.download_file(package_uri, package_path)
+        found = storage.sha256_of(package_path)
+        if (named is None or named[1] == found) and storage.is_as_stored(package_uri, package_path):
+            return found
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,9 @@ from tests import knowing, tiny_generator
 
 
 @pytest.mark.slow
-def test_judge_canaries__follows_what_the_weights_know_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judge_canaries__follows_what_the_weights_know_and_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_generator.write_base(tmp_path / "base")
     knowing.adapter_files(tmp_path / "base", tmp_path / "adapter")
     drawn = canaries.draw(7, canaries.FLOCKS["demonstration"])
