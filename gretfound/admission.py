@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from gretfound import (
     confinement,
     contribution,
+    disclosure,
     ledger,
     lineage,
     reasons,
@@ -479,7 +480,7 @@ def _judge_weights(case: _Case, opened: Opened) -> Opened:
 
 
 def _judge_privacy(case: _Case, opened: Opened) -> None:
-    """Holds the site's own gate report against this hub's policy: nothing leaves a site without one, and it says so."""
+    """Holds what a package states of its generator's privacy against this hub's policy, and against itself."""
     if opened.manifest.form == "images":
         case.history.add("PRIVACY", message="passed without a judgement: this form has no generator")
         return
@@ -492,12 +493,19 @@ def _judge_privacy(case: _Case, opened: Opened) -> None:
         policies={name: gate_policy.read_policy(name).stamp for name in ("standard", case.policy)},
         weights_sha256=next(weights, None),
     )
+    if case.policy == "standard":
+        rules, told_by = gate_policy.read_policy("standard"), disclosure.read_policy("standard")
+        gate_statement.require_patients(stated, rules=rules, told_by=told_by)
+    if stated.ledger is not None:
+        from gretfound.generator import private  # Opacus
+
+        private.require_ledger_adds_up(stated.ledger)
     canaried = _judge_canaries(case, opened, stated)
     case.history.add("PRIVACY", measured={"policy": stated.policy, "verdict": stated.verdict} | canaried)
 
 
 def _judge_canaries(case: _Case, opened: Opened, stated: Statement) -> dict[str, Any]:
-    """Has a node with torch measure what delivered weights know of the canaries, and of a ledger whether it adds up.
+    """Has a node with torch measure what delivered weights know of the canaries.
 
     Returns:
         What was measured; nothing where no generator is delivered, or a demonstration has no canaries.

@@ -91,6 +91,8 @@ def _screen(opened_path: Path, manifest: Manifest, policy: str, report: Report) 
     if manifest.form == "images":
         return counts
     try:
-        return counts | {"statement": statement.read(opened_path).to_bytes().decode()}
+        return counts | {
+            "statement": statement.read(opened_path, num_patients=summary.num_patients).to_bytes().decode()
+        }
     except ContributionRejected as error:
         return counts | {"statement_code": error.code}

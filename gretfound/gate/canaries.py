@@ -271,7 +271,7 @@ def score(
     ledger: Ledger | None,
     device: str = "cpu",
 ) -> Check:
-    """Judges delivered weights at the hub: the ledger of a private training, if there is one, and the canaries.
+    """Judges at the hub what delivered weights know of the canaries.
 
     It needs torch and the base, and runs on a node of its own.
 
@@ -281,11 +281,8 @@ def score(
         adapter_files: The content of an adapter's files by name; its tensors were checked.
         reveal: As `require_reveal` let it pass.
         policy: The site policy.
-        ledger: That claims differential privacy; None where nothing is claimed.
+        ledger: That claims differential privacy, and adds up; None where nothing is claimed.
         device: ``cpu`` or ``cuda``.
-
-    Raises:
-        ContributionRejected: ``DP_LEDGER`` if the ledger does not add up.
     """
     with storage.scratch_folder() as folder:
         base_path = storage.fetch_folder(hub_uri, base, Path(folder) / "base")
@@ -314,16 +311,9 @@ def measure(
         policy: The site policy.
         ledger: As `score` takes it.
         device: ``cpu`` or ``cuda``.
-
-    Raises:
-        ContributionRejected: ``DP_LEDGER`` if the ledger does not add up.
     """
     from gretfound.generator import exposure  # torch
 
-    if ledger is not None:
-        from gretfound.generator import private  # Opacus
-
-        private.require_ledger_adds_up(ledger)
     photographs = draw(reveal.canary_seed, FLOCKS[policy])
     gains = exposure.gains(base_path, adapter_path, photographs, caption=CAPTION, device=device)
     return check(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from gretfound import signing
+from gretfound import disclosure, signing
 from gretfound.errors import ContributionRejected
 from gretfound.gate import canaries
 from gretfound.gate.canaries import Commitment, Reveal
+from gretfound.gate.policy import Policy
 from gretfound.gate.report import LEAVES, PATH, REQUIRED_CHECKS, CheckName, Report, Stamp, WeightsSha256
 from gretfound.gate.verdict import WORST_FIRST, Verdict
 from gretfound.generator import spending
@@ -23,10 +24,12 @@ from gretfound.signing import Document
 class Statement(Document):
     """What a package states.
 
-    ``verdicts`` are those of the report's checks. ``reveal`` and ``commitment`` are None together, where the training
-    had no canaries; ``ledger`` is None where no differential privacy is claimed.
+    ``num_patients`` is the summary's, rounded; None where they are too few to tell. ``verdicts`` are those of the
+    report's checks. ``reveal`` and ``commitment`` are None together, where the training had no canaries; ``ledger`` is
+    None where no differential privacy is claimed.
     """
 
+    num_patients: int | None = Field(ge=0, lt=10**9)
     policy: Stamp
     verdict: Verdict
     weights_sha256: WeightsSha256
@@ -36,11 +39,12 @@ class Statement(Document):
     ledger: Ledger | None
 
 
-def read(folder_path: Path) -> Statement:
+def read(folder_path: Path, *, num_patients: int | None) -> Statement:
     """Reads the pages of an opened contribution.
 
     Args:
         folder_path: The opened contribution.
+        num_patients: Of its summary.
 
     Raises:
         ContributionRejected: ``GATE_MISSING`` without a report, ``GATE_MALFORMED``, ``CANARY_REVEAL`` or ``DP_LEDGER``
@@ -63,6 +67,7 @@ def read(folder_path: Path) -> Statement:
         reveal, commitment = canaries.read_reveal(*(page.read_bytes() for page in pages))
     ledger_path = privacy_path / spending.LEDGER_NAME
     return Statement(
+        num_patients=num_patients,
         policy=report.policy,
         verdict=report.verdict,
         weights_sha256=report.weights_sha256,
@@ -103,3 +108,32 @@ def require_gate(statement: Statement, *, policies: Mapping[str, str], weights_s
         )
     if weights_sha256 is not None and statement.weights_sha256 != weights_sha256:
         raise ContributionRejected("GATE_WEIGHTS", "the gate's report is of other weights; contribute again")
+
+
+def require_patients(statement: Statement, *, rules: Policy, told_by: disclosure.Policy) -> None:
+    """Requires as many patients as G0 does, from the counts of the package itself, whatever its report says.
+
+    A ledger lowers the number where it claims an epsilon that the policy takes, with a delta that the smallest site
+    which may do so would have. Whether it adds up is for `private.require_ledger_adds_up`.
+
+    Args:
+        statement: A package's.
+        rules: The gate's policy of this hub.
+        told_by: The disclosure policy of its summary. A summary tells patients rounded, and of a site that grew by too
+            few to tell, the number of before: the largest number that it may stand for counts.
+
+    Raises:
+        ContributionRejected: ``FEW_PATIENTS``.
+    """
+    told = told_by.min_patients - 1 if statement.num_patients is None else statement.num_patients
+    most = told + told_by.rounding - 1 + told_by.min_patients_per_cell - 1
+    ledger = statement.ledger
+    is_private = ledger is not None and ledger.delta <= 1 / (10 * rules.min_patients_private)
+    required = rules.num_patients_for(ledger.claimed_epsilon if ledger is not None and is_private else None)
+    if most < required:
+        raise ContributionRejected(
+            "FEW_PATIENTS",
+            f"the package tells of {most} patients at most, those held out included; required {required}, or "
+            f"{rules.num_patients_for(rules.max_epsilon)} with --dp-epsilon {rules.max_epsilon:g} or less: train so, "
+            "send photographs (--form images), or pool with other sites",
+        )

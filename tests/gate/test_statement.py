@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gretfound import signing
+from gretfound import disclosure, signing
 from gretfound.errors import ContributionRejected
 from gretfound.gate import canaries, policy, report, statement
 from gretfound.gate.statement import Statement
@@ -35,7 +35,7 @@ def _read(folder_path: Path, pages: Mapping[str, bytes]) -> Statement:
     (folder_path / "privacy").mkdir()
     for name, content in ({"gate_report": _report()} | dict(pages)).items():
         (folder_path / "privacy" / f"{name}.json").write_bytes(content)
-    return statement.read(folder_path)
+    return statement.read(folder_path, num_patients=1400)
 
 
 def test_read__says_what_the_pages_say_and_none_of_their_words(tmp_path: Path) -> None:
@@ -77,15 +77,21 @@ def test_read__refuses_pages_that_are_not_of_this_version(
 
 def test_read__requires_a_report(tmp_path: Path) -> None:
     with pytest.raises(ContributionRejected, match="GATE_MISSING"):
-        statement.read(tmp_path)
+        statement.read(tmp_path, num_patients=1400)
 
 
 def _statement(verdict: Verdict = "PASS", **changes: object) -> Statement:
     passed = tuple((name, verdict) for name in report.REQUIRED_CHECKS)
     found = Statement(
-        policy=STANDARD.stamp, verdict=verdict, weights_sha256="a" * 64, verdicts=passed, reveal=None, commitment=None,
+        num_patients=1400,
+        policy=STANDARD.stamp,
+        verdict=verdict,
+        weights_sha256="a" * 64,
+        verdicts=passed,
+        reveal=None,
+        commitment=None,
         ledger=None,
-    )  # fmt: skip
+    )
     return found.model_copy(update=changes)
 
 
@@ -117,6 +123,46 @@ def test_require_gate__refuses_the_rest_with_a_stable_code(found: Statement, cod
     with pytest.raises(ContributionRejected) as caught:
         statement.require_gate(found, policies=STAMPS, weights_sha256="a" * 64)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("num_patients", "ledger", "is_enough"),
+    [
+        (1400, None, True),
+        (1320, None, True),  # of 1,334, ten of whom are too few to tell, and then rounding
+        (1315, None, False),
+        (1000, None, False),
+        (None, None, False),
+        (1000, LEDGER, True),
+        (255, LEDGER, True),
+        (250, LEDGER, False),
+        (None, LEDGER, False),
+        (1000, LEDGER.model_copy(update={"claimed_epsilon": 8.0}), True),
+        (1000, LEDGER.model_copy(update={"claimed_epsilon": 8.1}), False),
+        (1000, LEDGER.model_copy(update={"delta": 0.5}), False),  # is no privacy
+        (1400, LEDGER.model_copy(update={"claimed_epsilon": 10.0}), True),
+    ],
+)
+def test_require_patients__few_need_a_ledger(num_patients: int | None, ledger: Ledger | None, is_enough: bool) -> None:
+    found = _statement(num_patients=num_patients, ledger=ledger)
+    told_by = disclosure.read_policy("standard")
+    if is_enough:
+        statement.require_patients(found, rules=STANDARD, told_by=told_by)
+        return
+    with pytest.raises(
+        ContributionRejected, match=r"FEW_PATIENTS.*required (1334|267), or 267 with --dp-epsilon 8 or less"
+    ):
+        statement.require_patients(found, rules=STANDARD, told_by=told_by)
+
+
+@pytest.mark.parametrize("num_trained_on", [1000, 200])
+def test_require_patients__takes_every_site_that_the_gate_takes(num_trained_on: int) -> None:
+    told_by = disclosure.read_policy("standard")
+    ledger = LEDGER.model_copy(update={"delta": 1 / (10 * num_trained_on)}) if num_trained_on == 200 else None
+    needed = STANDARD.num_patients_for(8.0 if ledger else None)
+    told = disclosure.release([{"sex": "female"}] * needed, policy=told_by).summary.num_patients
+    found = _statement(num_patients=told, ledger=ledger)
+    statement.require_patients(found, rules=STANDARD, told_by=told_by)
 
 
 def test_to_text__says_fail_where_a_check_failed() -> None:
