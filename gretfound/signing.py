@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import rfc8785
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,7 +21,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
-from gretfound import files
+from gretfound import canonical, files
 from gretfound.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class _Envelope(Document):
 
 def canonical_json(content: Any) -> bytes:
     """Returns the one JSON text of a content that is signed. Source: RFC 8785."""
-    return rfc8785.dumps(content)
+    return canonical.to_bytes(content, spelling="standard")
 
 
 def parse_json(content: bytes) -> Any:
