@@ -26,6 +26,7 @@ from gretfound import (
     dispatch,
     examination,
     fundus,
+    gatehouse,
     metadata,
     phantom,
     sealing,
@@ -395,17 +396,29 @@ def test_main__contribute_writes_nothing_where_the_gate_says_fail(
     assert outcome_path.stat().st_mtime_ns == judged_ns, "it was judged again"
 
 
-def test_main__contribute_synthetic(
-    larger_site_path: Path, gate_eye_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+def test_main__contribute_synthetic_leaves_out_what_the_gate_flagged(
+    larger_site_path: Path,
+    gate_eye_path: Path,
+    base_path: Path,
+    tmp_path: Path,
+    hub: Hub,
+    keys_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(gate_eye_path, tmp_path, dirs_exist_ok=True)
+    judge = gatehouse.judge
+
+    def flagging(*arguments: Any, **terms: Any) -> gatehouse.Outcome:
+        return replace(judge(*arguments, **terms), flagged=frozenset({1, 3}))
+
+    monkeypatch.setattr(gatehouse, "judge", flagging)
     assert (
         site.main(_arguments(larger_site_path, "synthetic", tmp_path / "out", "--base", str(base_path)))
         == site.EXIT_FIT
     )
     manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
-    assert (manifest.form, manifest.num_images, len(rows)) == ("synthetic", 5, 5)
-    assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
+    assert (manifest.form, manifest.num_images, len(rows)) == ("synthetic", 3, 3)
+    assert [row["seed"] for row in rows] == [0, 2, 4]
     for row in rows:
         assert (row["origin"], row["patient"], row["width_px"]) == ("synthetic", None, 32)
         assert row["prompt"].startswith("colour fundus photograph")
