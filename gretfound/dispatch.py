@@ -41,7 +41,7 @@ from gretfound import (
 )
 from gretfound.errors import ConfigError, GretfoundError
 from gretfound.examination import Examination, SitePolicy
-from gretfound.gate import canaries
+from gretfound.gate import canaries, statement
 from gretfound.gate import policy as gate_policy
 from gretfound.gate import report as gate_report
 from gretfound.gate.verdict import Check
@@ -238,6 +238,7 @@ def contribute(
         page_path = key_path.with_name(f"{package_path.stem}.gate.html")
         if prepared.first.verdict != "PASS":  # before hours of training
             raise GateClosed(gate_report.make([prepared.first], policy_stamp=gate.stamp), page_path)
+        _require_told_patients(summary, rules, gate, dp_epsilon)
         reveal: canaries.Reveal | None = None
         if form == "weights":
             seed = keyring.read_hub_card(ring.hub_path)[0].canary_seed
@@ -374,6 +375,22 @@ def _gated(policy: SitePolicy, gate: gate_policy.Policy, dp_epsilon: float | Non
         return policy
     needed = gate.num_patients_for(dp_epsilon)
     return replace(policy, min_images_to_train=needed, min_patients_to_train=needed)
+
+
+def _require_told_patients(
+    summary: metadata.MetadataSummary, rules: disclosure.Policy, gate: gate_policy.Policy, dp_epsilon: float | None
+) -> None:
+    """Refuses, before hours of training, what a standard hub would: a summary that does not tell of enough patients.
+
+    Raises:
+        ConfigError: As photographs without patients' codes have it, however many they are.
+    """
+    most, required = statement.most_patients(summary.num_patients, told_by=rules), gate.num_patients_for(dp_epsilon)
+    if gate.name == "standard" and most < required:
+        raise ConfigError(
+            f"the summary that would leave tells of {most} patients at most; the hub requires {required} of a "
+            "generator: give each photograph its patient's code (column Patient), add patients, or send --form images"
+        )
 
 
 def examine(folder_path: Path, policy: SitePolicy) -> Examination:

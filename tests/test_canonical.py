@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import rfc8785
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gretfound import canonical, lineage, signing
@@ -119,6 +119,7 @@ PLAIN = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PLAIN)
 def test_to_bytes__the_two_spellings_agree_on_plain_content(content: Any) -> None:
     assert canonical.to_bytes(content, spelling="record") == canonical.to_bytes(content, spelling="standard")
@@ -135,6 +136,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(JSON)
 def test_to_bytes__is_what_the_two_functions_wrote_before(content: Any) -> None:
     earlier = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()

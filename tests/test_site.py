@@ -338,6 +338,21 @@ def test_gated__takes_fewer_patients_where_each_is_protected(epsilon: float | No
     assert epsilon or found == examination.STANDARD, "check says the same as contribute"
 
 
+@pytest.mark.parametrize(("num_told", "epsilon", "is_enough"), [(1320, None, True), (1300, None, False),
+    (1300, 8.0, True), (1300, 8.1, False), (None, 8.0, False)])  # fmt: skip
+def test_require_told_patients__says_before_the_training_what_the_hub_would_say(
+    num_told: int | None, epsilon: float | None, is_enough: bool
+) -> None:
+    rules = disclosure.read_policy("standard")
+    summary = replace(disclosure.release([{}], policy=rules).summary, num_patients=num_told)
+    terms = (summary, rules, gate_policy.read_policy("standard"), epsilon)
+    if is_enough:
+        dispatch._require_told_patients(*terms)
+        return
+    with pytest.raises(ConfigError, match="column Patient"):
+        dispatch._require_told_patients(*terms)
+
+
 @pytest.mark.parametrize(
     "more", [["--dp-epsilon", "11"], ["--dp-epsilon", "0"], ["--dp-epsilon", "3", "--method", "full"]]
 )

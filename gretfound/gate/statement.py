@@ -110,6 +110,19 @@ def require_gate(statement: Statement, *, policies: Mapping[str, str], weights_s
         raise ContributionRejected("GATE_WEIGHTS", "the gate's report is of other weights; contribute again")
 
 
+def most_patients(num_patients: int | None, *, told_by: disclosure.Policy) -> int:
+    """Returns the largest number of patients that a summary may stand for.
+
+    It tells them rounded, and of a site that grew by too few to tell, the number of before.
+
+    Args:
+        num_patients: The summary's; None where they are too few to tell, or have no codes.
+        told_by: The disclosure policy that it was made by.
+    """
+    told = told_by.min_patients - 1 if num_patients is None else num_patients
+    return told + told_by.rounding - 1 + told_by.min_patients_per_cell - 1
+
+
 def require_patients(statement: Statement, *, rules: Policy, told_by: disclosure.Policy) -> None:
     """Requires as many patients as G0 does, from the counts of the package itself, whatever its report says.
 
@@ -119,15 +132,12 @@ def require_patients(statement: Statement, *, rules: Policy, told_by: disclosure
     Args:
         statement: A package's.
         rules: The gate's policy of this hub.
-        told_by: The disclosure policy of its summary. A summary tells patients rounded, and of a site that grew by too
-            few to tell, the number of before: the largest number that it may stand for counts.
+        told_by: The disclosure policy of its summary.
 
     Raises:
         ContributionRejected: ``FEW_PATIENTS``.
     """
-    told = told_by.min_patients - 1 if statement.num_patients is None else statement.num_patients
-    most = told + told_by.rounding - 1 + told_by.min_patients_per_cell - 1
-    ledger = statement.ledger
+    most, ledger = most_patients(statement.num_patients, told_by=told_by), statement.ledger
     is_private = ledger is not None and ledger.delta <= 1 / (10 * rules.min_patients_private)
     required = rules.num_patients_for(ledger.claimed_epsilon if ledger is not None and is_private else None)
     if most < required:

@@ -160,9 +160,17 @@ def test_require_patients__takes_every_site_that_the_gate_takes(num_trained_on: 
     told_by = disclosure.read_policy("standard")
     ledger = LEDGER.model_copy(update={"delta": 1 / (10 * num_trained_on)}) if num_trained_on == 200 else None
     needed = STANDARD.num_patients_for(8.0 if ledger else None)
-    told = disclosure.release([{"sex": "female"}] * needed, policy=told_by).summary.num_patients
+    told = disclosure.release(
+        [{"patient": f"p{place}"} for place in range(needed)], policy=told_by
+    ).summary.num_patients
     found = _statement(num_patients=told, ledger=ledger)
     statement.require_patients(found, rules=STANDARD, told_by=told_by)
+
+
+def test_most_patients__of_photographs_without_codes_is_few() -> None:
+    told_by = disclosure.read_policy("standard")
+    told = disclosure.release([{"sex": "female"}] * 5000, policy=told_by).summary.num_patients
+    assert statement.most_patients(told, told_by=told_by) < 267
 
 
 def test_to_text__says_fail_where_a_check_failed() -> None:

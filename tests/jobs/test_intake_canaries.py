@@ -121,7 +121,8 @@ def _package(
     parties.write_gate_report(staging_path)
     for each, content in members.items():
         (staging_path / "privacy" / f"{each}.json").write_bytes(content)
-    summary = summaries.write_summary(staging_path, [{"sex": "female"}] * num_patients, policy=told_by)
+    rows = [{"sex": "female", "patient": f"p{place}"} for place in range(num_patients)]
+    summary = summaries.write_summary(staging_path, rows, policy=told_by)
     (staging_path / "training" / "config.json").write_text(json.dumps(asdict(Recipe())))
     (staging_path / "training" / "metrics.jsonl").write_text('{"images_seen":64,"loss":0.5}\n')
     terms: dict[str, Any] = {
