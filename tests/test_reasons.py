@@ -10,8 +10,8 @@ ROOMS = (
     *("archive", "confinement", "contribution", "disclosure", "opening", "roster", "screening", "sealing"),
     *("generator/adapter", "generator/spending", "gate/canaries", "gate/statement"),
 )
-# Of `sealing.take_number`, and of `statement.require_gate`, which judges what a confined process read.
-HUB_ALONE = {"PREVIOUS_MISSING", "REPLAYED", "GATE_POLICY", "GATE_VERDICT", "GATE_WEIGHTS"}
+# Of `sealing.take_number`, and of `statement`, where it judges what a confined process read.
+HUB_ALONE = {"PREVIOUS_MISSING", "REPLAYED", "GATE_POLICY", "GATE_VERDICT", "GATE_WEIGHTS", "FEW_PATIENTS"}
 NOT_OF_PACKAGES = {"TRUNCATED"}  # a damaged photograph is left out and counted
 
 

@@ -3,6 +3,7 @@
 What a history of steps comes to is computed by `gretfound.generator.private`.
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,9 +15,12 @@ from gretfound.signing import Document
 LEDGER_NAME = "dp_ledger.json"
 MAX_EPSILON = {"strong": 3.0, "standard": 8.0, "weak": 10.0}
 Tier = Literal["strong", "standard", "weak"]
-_Noise = Annotated[float, Field(gt=0)]
+MAX_STEPS = 200_000
+# Of a Gaussian mechanism as private as the history, in the limit of many steps; 10 is an epsilon of more than 50.
+MAX_MU = 10.0
+_Noise = Annotated[float, Field(ge=0.05, le=1e6)]
 _Rate = Annotated[float, Field(gt=0, le=1)]
-_Steps = Annotated[int, Field(gt=0, lt=10**8)]
+_Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
 
 
 class Ledger(Document):
@@ -54,10 +58,13 @@ def tier_of(epsilon: float) -> Tier:
 
 
 def read_ledger(content: bytes) -> Ledger:
-    """Reads a package's ledger; whether it adds up is another question.
+    """Reads a package's ledger; whether it adds up is another question, which can be computed of what is returned.
+
+    Source: Bu et al. 2020 (arXiv:1911.11607), theorem 5, for what many steps come to.
 
     Raises:
-        ContributionRejected: ``DP_LEDGER`` if it is not of this version, or names its guarantee wrongly.
+        ContributionRejected: ``DP_LEDGER`` if it is not of this version, names its guarantee wrongly, or its history is
+            far from what it claims.
     """
     try:
         ledger = signing.parse_document(content, Ledger)
@@ -67,4 +74,13 @@ def read_ledger(content: bytes) -> Ledger:
         ) from error
     if ledger.tier != tier_of(ledger.claimed_epsilon):
         raise ContributionRejected("DP_LEDGER", f"the ledger calls its epsilon {ledger.tier}; report it")
+    # A history that is far from its claim, or very long, would take the accountant more memory than there is.
+    mu = math.sqrt(sum(rate**2 * steps * math.expm1(noise**-2) for noise, rate, steps in ledger.history))
+    num_steps = sum(steps for _, _, steps in ledger.history)
+    if mu > MAX_MU or num_steps > MAX_STEPS:
+        raise ContributionRejected(
+            "DP_LEDGER",
+            f"the ledger's {num_steps:,} steps cannot come to the claimed epsilon of {ledger.claimed_epsilon:g}, or "
+            f"are more than {MAX_STEPS:,}; report it",
+        )
     return ledger

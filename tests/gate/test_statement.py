@@ -65,6 +65,8 @@ def test_read__a_report_alone_is_enough(tmp_path: Path) -> None:
         ({"canary_reveal": REVEAL.to_bytes()}, "CANARY_MISSING"),
         ({"canary_reveal": REVEAL.to_bytes(), "canary_commitment": b"{}"}, "CANARY_REVEAL"),
         ({"dp_ledger": LEDGER.to_bytes().replace(b",400]", b",4" + b"0" * 30 + b"]")}, "DP_LEDGER"),
+        ({"dp_ledger": LEDGER.model_copy(update={"history": ((0.06, 1.0, 100_000),)}).to_bytes()}, "DP_LEDGER"),
+        ({"dp_ledger": LEDGER.model_copy(update={"history": ((5.0, 1e-4, 200_000),) * 2}).to_bytes()}, "DP_LEDGER"),
     ],
 )
 def test_read__refuses_pages_that_are_not_of_this_version(
