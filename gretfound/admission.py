@@ -10,6 +10,7 @@ are whole. A rejection stands. What is in quarantine waits for a person, who may
 """
 
 import math
+import re
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from gretfound import (
     confinement,
     contribution,
+    disclosure,
     ledger,
     lineage,
     reasons,
@@ -39,7 +41,8 @@ from gretfound.confinement import Limits, Reply
 from gretfound.errors import ContributionRejected, StorageError
 from gretfound.gate import canaries
 from gretfound.gate import policy as gate_policy
-from gretfound.gate import report as gate_report
+from gretfound.gate import statement as gate_statement
+from gretfound.gate.statement import Statement
 from gretfound.gate.verdict import Check
 from gretfound.generator import adapter
 from gretfound.generator.adapter import UNET_WEIGHTS
@@ -47,6 +50,7 @@ from gretfound.lineage import Contribution, File, Generator, ShardSet, Site
 from gretfound.receipt import Receipt
 from gretfound.roster import Roster
 from gretfound.sealing import Manifest
+from gretfound.signing import DocumentT
 
 STATES = ("RECEIVED", "DECRYPTED", "SIGNED", "STRUCTURE", "WEIGHTS", "SUMMARY", "PRIVACY", "BEHAVIOUR")
 SCREENED_STATES = ("SIGNED", "STRUCTURE")
@@ -59,6 +63,10 @@ QUARANTINE_CODES = (
 )
 # What the hub or time mends: the package waits, without a verdict.
 WAITING_CODES = ("PREVIOUS_MISSING", "ROSTER_EXPIRED", "UNKNOWN_SITE", "UNKNOWN_KEY")
+# What arrives is not what its name, SHA256.age, or the store says of it: the way is at fault, or whoever put it there.
+CHANGED_ON_THE_WAY = "CHANGED_ON_THE_WAY"
+FETCH_ATTEMPTS = 3
+_NAMED_BY_DIGEST = re.compile(r"([0-9a-f]{64})\.age")
 # What Ray gives to the task that scores canaries.
 SCORING: Mapping[str, float] = MappingProxyType({"num_cpus": 1, "num_gpus": 0, "memory": 2 * 2**30})
 
@@ -101,12 +109,23 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A verified package that lies open, how many rows of its shards were taken out, and what its weights measure."""
+    """A verified package that lies open, as the confined processes told of it.
+
+    Args:
+        path: Where it lies.
+        manifest: Its manifest.
+        rejected: How many rows of its shards were taken out, by reason.
+        statement: What it states of its generator's privacy; None for ``images``, and with a ``statement_code``.
+        statement_code: Why that cannot be read.
+        weights: What its weights say of themselves, and what they measure; None until they were weighed.
+    """
 
     path: Path
     manifest: Manifest
     rejected: dict[str, int]
-    measured: adapter.Measured | None = None
+    statement: Statement | None = None
+    statement_code: str = ""
+    weights: tuple[adapter.AdapterTerms, adapter.Measured] | None = None
 
 
 class History:
@@ -195,8 +214,9 @@ def admit(
         scoring: What Ray gives to the task that scores canaries.
 
     Returns:
-        What became of it. There is no verdict, and a code of `WAITING_CODES`, where it may be tried again, and the code
-        ``TOO_LARGE`` without a digest where it was not read.
+        What became of it. There is no verdict, and a code of `WAITING_CODES`, where it may be tried again; without a
+        digest, too, and nothing is written of it, with the codes ``CHANGED_ON_THE_WAY``, to be tried again, and
+        ``TOO_LARGE``, where it was not read.
 
     Raises:
         ConfigError: If this node cannot confine as the policy requires, or the hub's keys cannot be read.
@@ -212,8 +232,16 @@ def admit(
         )
     with storage.scratch_folder() as folder:
         package_path = Path(folder) / "package"
-        storage.download_file(package_uri, package_path)
-        package_sha256 = storage.sha256_of(package_path)
+        package_sha256 = _fetch(package_uri, package_path)
+        if not package_sha256:
+            return Outcome(
+                package_sha256="",
+                verdict="",
+                number=-1,
+                code=CHANGED_ON_THE_WAY,
+                message=f"what arrived, {FETCH_ATTEMPTS} times, is not what its name or the store says of it; nothing "
+                "was judged. Run the command again; if it stays so, ask for the same file once more",
+            )
         history = History(hub_uri, package_sha256)
         history.add("RECEIVED")
         if is_reopened:
@@ -256,8 +284,19 @@ def admit(
                 storage.upload_file(package_path, aside_uri)
             _explain(hub_uri, outcome)
             return outcome
-        is_whole = opened is not None and (opened.manifest.form != "weights" or opened.measured is not None)
+        is_whole = opened is not None and (opened.manifest.form != "weights" or opened.weights is not None)
         return _publish(case, opened if opened and is_whole else _open_again(case), outcome, recipe)
+
+
+def _fetch(package_uri: str, package_path: Path) -> str:
+    """Downloads a package; returns its SHA-256, or nothing where it never is what its name or the store promises."""
+    named = _NAMED_BY_DIGEST.fullmatch(package_uri.rpartition("/")[2])
+    for _ in range(FETCH_ATTEMPTS):
+        storage.download_file(package_uri, package_path)
+        found = storage.sha256_of(package_path)
+        if (named is None or named[1] == found) and storage.is_as_stored(package_uri, package_path):
+            return found
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +410,7 @@ def _open(case: _Case) -> Opened:
         if line.get("state") in SCREENED_STATES:
             case.history.add(line["state"])
     said = {name: str(line[name]) for line in reply.reports for name in ("signatures", "manifest") if name in line}
-    manifest = _parsed(said["manifest"]) if "manifest" in said else None
+    manifest = _parsed(said["manifest"], Manifest) if "manifest" in said else None
     if manifest is not None:
         # Whoever took the process over may have any manifest written, and no signature of another site.
         try:
@@ -387,19 +426,25 @@ def _open(case: _Case) -> Opened:
         _take_number(case, manifest)  # it is the site's, whatever is the matter with its content
     if reply.code:
         raise _refusal(reply.code)
-    rejected = reply.reports[-1].get("rejected")
+    last = reply.reports[-1]
+    rejected = last.get("rejected")
     if (
         manifest is None
         or not isinstance(rejected, dict)
         or not all(reason in contribution.TAKEN_OUT and type(count) is int for reason, count in rejected.items())
     ):
         raise _refusal("CRASHED")
-    return Opened(path=path, manifest=manifest, rejected=rejected)
+    opened = Opened(path=path, manifest=manifest, rejected=rejected)
+    if manifest.form == "images":
+        return opened
+    if "statement" in last:
+        return replace(opened, statement=_parsed(str(last["statement"]), Statement))
+    return replace(opened, statement_code=str(last.get("statement_code", "CRASHED")))
 
 
-def _parsed(text: str) -> Manifest:
+def _parsed(text: str, expected: type[DocumentT]) -> DocumentT:
     try:
-        return signing.parse_document(text.encode(), Manifest)
+        return signing.parse_document(text.encode(), expected)
     except signing.UnreadableDocument as error:
         raise _refusal("CRASHED") from error
 
@@ -422,8 +467,7 @@ def _take_number(case: _Case, manifest: Manifest) -> None:
 
 
 def _judge_weights(case: _Case, opened: Opened) -> Opened:
-    measured = _weigh(case, opened)
-    terms = adapter.read_terms(opened.path / "weights")
+    terms, measured = _weigh(case, opened)
     if terms.base_sha256 != opened.manifest.base_sha256:
         raise ContributionRejected("BASE_MISMATCH", "the weights name another base than the manifest; contribute again")
     if terms.method == "full" and case.policy == "standard":
@@ -432,48 +476,47 @@ def _judge_weights(case: _Case, opened: Opened) -> Opened:
     if code:
         raise ContributionRejected(code, words)
     case.history.add("WEIGHTS", measured=asdict(measured))
-    return replace(opened, measured=measured)
+    return replace(opened, weights=(terms, measured))
 
 
 def _judge_privacy(case: _Case, opened: Opened) -> None:
-    """Holds the site's own gate report against this hub's policy: nothing leaves a site without one, and it says so."""
+    """Holds what a package states of its generator's privacy against this hub's policy, and against itself."""
     if opened.manifest.form == "images":
         case.history.add("PRIVACY", message="passed without a judgement: this form has no generator")
         return
-    path = opened.path / gate_report.PATH
-    if not path.is_file():
-        raise ContributionRejected("GATE_MISSING", "the package holds no report of the privacy gate; contribute again")
+    stated = opened.statement
+    if stated is None:
+        raise _refusal(opened.statement_code)
     weights = (file.sha256 for file in opened.manifest.files if file.path == "weights/adapter.safetensors")
-    report = gate_report.require(
-        path.read_bytes(),
+    gate_statement.require_gate(
+        stated,
         policies={name: gate_policy.read_policy(name).stamp for name in ("standard", case.policy)},
         weights_sha256=next(weights, None),
     )
-    canaried = _judge_canaries(case, opened)
-    case.history.add("PRIVACY", measured={"policy": report.policy, "verdict": report.verdict} | canaried)
+    if case.policy == "standard":
+        rules, told_by = gate_policy.read_policy("standard"), disclosure.read_policy("standard")
+        gate_statement.require_patients(stated, rules=rules, told_by=told_by)
+    if stated.ledger is not None:
+        from gretfound.generator import private  # Opacus
+
+        private.require_ledger_adds_up(stated.ledger)
+    canaried = _judge_canaries(case, opened, stated)
+    case.history.add("PRIVACY", measured={"policy": stated.policy, "verdict": stated.verdict} | canaried)
 
 
-def _judge_canaries(case: _Case, opened: Opened) -> dict[str, Any]:
-    """Has a node with torch measure what delivered weights know of the canaries, and of a ledger whether it adds up.
+def _judge_canaries(case: _Case, opened: Opened, stated: Statement) -> dict[str, Any]:
+    """Has a node with torch measure what delivered weights know of the canaries.
 
     Returns:
         What was measured; nothing where no generator is delivered, or a demonstration has no canaries.
     """
-    path = opened.path / "privacy"
-    if opened.manifest.form != "weights" or (case.policy != "standard" and not (path / canaries.REVEAL_NAME).is_file()):
+    if opened.manifest.form != "weights" or (case.policy != "standard" and stated.reveal is None):
         return {}
-    try:
-        reveal_bytes, commitment_bytes = (
-            (path / name).read_bytes() for name in (canaries.REVEAL_NAME, canaries.COMMITMENT_NAME)
-        )
-    except FileNotFoundError as error:
-        raise ContributionRejected(
-            "CANARY_MISSING", "the weights were trained without canaries; contribute again with this version"
-        ) from error
+    if stated.reveal is None or stated.commitment is None:
+        raise _refusal("CANARY_MISSING")
     policy = opened.manifest.policy.partition("/")[0]
     canary_seed = case.roster.hub_card.canary_seed
-    reveal = canaries.read_reveal(reveal_bytes, commitment_bytes, canary_seed=canary_seed, policy=policy)
-    ledger_path = path / canaries.LEDGER_NAME
+    canaries.require_reveal(stated.reveal, stated.commitment, canary_seed=canary_seed, policy=policy)
 
     import ray
 
@@ -484,21 +527,22 @@ def _judge_canaries(case: _Case, opened: Opened) -> dict[str, Any]:
                 case.hub_uri,
                 _base_of(case.hub_uri, opened.manifest.base_sha256),
                 {each.name: each.read_bytes() for each in sorted((opened.path / "weights").iterdir())},
-                reveal=reveal,
+                reveal=stated.reveal,
                 policy=policy,
-                ledger_bytes=ledger_path.read_bytes() if ledger_path.is_file() else None,
+                ledger=stated.ledger,
                 device="cuda" if case.scoring["num_gpus"] else "cpu",
             )
         )
     except ray.exceptions.RayTaskError as error:  # its own words are a traceback of the other node
         raise error.cause from None
     if found.verdict == "FAIL":
-        code = "DP_BUG" if ledger_path.is_file() else "CANARY_REMEMBERED"
+        code = "DP_BUG" if stated.ledger else "CANARY_REMEMBERED"
         raise ContributionRejected(code, f"{found.reason} (found {found.measured}, required {found.required})")
     return dict(found.measured)
 
 
-def _weigh(case: _Case, opened: Opened) -> adapter.Measured:
+def _weigh(case: _Case, opened: Opened) -> tuple[adapter.AdapterTerms, adapter.Measured]:
+    """Has weights measured; what they say of themselves is then written anew from its fields, by this process."""
     base_sha256 = opened.manifest.base_sha256
     base = _base_of(case.hub_uri, base_sha256)
     base_path = case.folder_path / "base" / UNET_WEIGHTS
@@ -512,7 +556,9 @@ def _weigh(case: _Case, opened: Opened) -> adapter.Measured:
     found = reply.reports[-1].get("measured")
     if not isinstance(found, dict):
         raise _refusal("CRASHED")
-    return adapter.measured_from_json(found)
+    terms = adapter.terms_from_json(reply.reports[-1].get("terms"))
+    adapter.write_terms(adapter_path, terms)
+    return terms, adapter.measured_from_json(found)
 
 
 def _cohort(hub_uri: str, opened: Opened) -> list[adapter.Measured]:
@@ -527,7 +573,7 @@ def _open_again(case: _Case) -> Opened:
     """Opens a package that was admitted, and whose records are not whole: nothing is judged a second time."""
     try:
         opened = _open(case)
-        return replace(opened, measured=_weigh(case, opened)) if opened.manifest.form == "weights" else opened
+        return replace(opened, weights=_weigh(case, opened)) if opened.manifest.form == "weights" else opened
     except ContributionRejected as error:
         raise StorageError(
             f"a package was admitted and cannot be opened again ({error.code}) to write its records; give it more "
@@ -609,8 +655,8 @@ def _publish_shards(hub_uri: str, opened: Opened, contributed: Contribution) -> 
 def _publish_generator(case: _Case, opened: Opened, adapter_path: Path, contributed: Contribution) -> str:
     from gretfound.generator import pipeline  # torch: only an admitted adapter needs it
 
-    assert opened.measured is not None  # weighed on both ways here
-    terms = adapter.read_terms(adapter_path)
+    assert opened.weights is not None  # weighed on both ways here
+    terms, measured = opened.weights
     base = _base_of(case.hub_uri, opened.manifest.base_sha256)
     base_path = storage.fetch_folder(case.hub_uri, base, case.folder_path / "base")
     generator_path = pipeline.install_adapter(base_path, adapter_path, case.folder_path / "generator")
@@ -626,7 +672,7 @@ def _publish_generator(case: _Case, opened: Opened, adapter_path: Path, contribu
     )
     generator = storage.publish_folder(case.hub_uri, generator_path, record)
     uri = storage.join(case.hub_uri, "cohorts", opened.manifest.base_sha256, f"{opened.manifest.site_id}.json")
-    storage.create_bytes(uri, lineage.canonical_json(asdict(opened.measured)))  # the site's first one stays
+    storage.create_bytes(uri, lineage.canonical_json(asdict(measured)))  # the site's first one stays
     return generator.id
 
 

@@ -41,10 +41,13 @@ from gretfound import (
 )
 from gretfound.errors import ConfigError, GretfoundError
 from gretfound.examination import Examination, SitePolicy
-from gretfound.gate import canaries
+from gretfound.gate import canaries, statement
 from gretfound.gate import policy as gate_policy
 from gretfound.gate import report as gate_report
+from gretfound.gate.verdict import Check
+from gretfound.generator import spending
 from gretfound.generator.adapter import UNET_WEIGHTS
+from gretfound.generator.spending import Ledger
 from gretfound.keyring import Keyring
 from gretfound.sealing import Package
 
@@ -164,9 +167,7 @@ def contribute(
     if dp_epsilon is not None:
         if form == "images" or recipe.method == "full":
             raise ConfigError("--dp-epsilon is for a form that is trained, with --method lora")
-        from gretfound.generator import private  # torch
-
-        private.tier_of(dp_epsilon)
+        spending.tier_of(dp_epsilon)
     ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
     today = today or datetime.now(UTC).date()
     rules, gate = disclosure.read_policy(policy.name), gate_policy.read_policy(policy.name)
@@ -237,19 +238,35 @@ def contribute(
         page_path = key_path.with_name(f"{package_path.stem}.gate.html")
         if prepared.first.verdict != "PASS":  # before hours of training
             raise GateClosed(gate_report.make([prepared.first], policy_stamp=gate.stamp), page_path)
-        learned: list[Square] = []
+        _require_told_patients(summary, rules, gate, dp_epsilon)
+        reveal: canaries.Reveal | None = None
         if form == "weights":
             seed = keyring.read_hub_card(ring.hub_path)[0].canary_seed
-            learned = _canaries(staging_path, policy, seed, canaries.coin_secret_of(_site_key(key_path), work_id))
+            reveal = _commit(staging_path, policy, seed, canaries.coin_secret_of(_site_key(key_path), work_id))
+        learned = _canaries(reveal, policy) if reveal else []
         adapter_path, base_path = _trained(prepared, work_path, recipe, base, learned, dp_epsilon)
+        ledger: Ledger | None = None
         if dp_epsilon is not None:
-            ledger = (adapter_path.parent / canaries.LEDGER_NAME).read_bytes()
-            storage.write_bytes(str(staging_path / "privacy" / canaries.LEDGER_NAME), ledger)
+            ledger = spending.read_ledger((adapter_path.parent / spending.LEDGER_NAME).read_bytes())
+            storage.write_bytes(str(staging_path / "privacy" / spending.LEDGER_NAME), ledger.to_bytes())
         base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
         _stage_training(work_path, staging_path, recipe)
         num_drawn = recipe.num_drawn if form == "synthetic" else 0
+        extra: list[Check] = []
+        if reveal is not None:
+            extra.append(
+                gatehouse.judge_canaries(
+                    reveal,
+                    base_path=base_path,
+                    adapter_path=adapter_path,
+                    policy=policy.name,
+                    ledger=ledger,
+                    device=recipe.device,
+                    work_path=work_path,
+                )
+            )
         outcome = _judged(
-            prepared, summary, base_path, adapter_path, work_path, recipe, num_drawn, eye_path=key_path.parent
+            prepared, summary, base_path, adapter_path, work_path, recipe, num_drawn, extra, eye_path=key_path.parent
         )
         _write_private(page_path, outcome.page)
         if outcome.report.verdict not in gate_report.LEAVES:
@@ -358,6 +375,22 @@ def _gated(policy: SitePolicy, gate: gate_policy.Policy, dp_epsilon: float | Non
         return policy
     needed = gate.num_patients_for(dp_epsilon)
     return replace(policy, min_images_to_train=needed, min_patients_to_train=needed)
+
+
+def _require_told_patients(
+    summary: metadata.MetadataSummary, rules: disclosure.Policy, gate: gate_policy.Policy, dp_epsilon: float | None
+) -> None:
+    """Refuses, before hours of training, what a standard hub would: a summary that does not tell of enough patients.
+
+    Raises:
+        ConfigError: As photographs without patients' codes have it, however many they are.
+    """
+    most, required = statement.most_patients(summary.num_patients, told_by=rules), gate.num_patients_for(dp_epsilon)
+    if gate.name == "standard" and most < required:
+        raise ConfigError(
+            f"the summary that would leave tells of {most} patients at most; the hub requires {required} of a "
+            "generator: give each photograph its patient's code (column Patient), add patients, or send --form images"
+        )
 
 
 def examine(folder_path: Path, policy: SitePolicy) -> Examination:
@@ -572,18 +605,23 @@ def _pool(num_images: int) -> Iterator[ProcessPoolExecutor | None]:
         yield pool
 
 
-def _canaries(staging_path: Path, policy: SitePolicy, canary_seed: int, coin_secret: str) -> "list[Square]":
-    """Commits to the coins of the canaries, before the training; returns those that it is to learn."""
-    from gretfound.generator.squares import Square
-
+def _commit(staging_path: Path, policy: SitePolicy, canary_seed: int, coin_secret: str) -> canaries.Reveal:
+    """Commits to the coins of the canaries, before the training."""
     flock = canaries.FLOCKS[policy.name]
     committed = canaries.Commitment(commitment=canaries.commitment_to(coin_secret))
     reveal = canaries.Reveal(canary_seed=canary_seed, num_canaries=flock.num_canaries, coin_secret=coin_secret)
     for name, document in ((canaries.COMMITMENT_NAME, committed), (canaries.REVEAL_NAME, reveal)):
         storage.write_bytes(str(staging_path / "privacy" / name), document.to_bytes())
+    return reveal
+
+
+def _canaries(reveal: canaries.Reveal, policy: SitePolicy) -> "list[Square]":
+    """Draws the canaries that the training is to learn."""
+    from gretfound.generator.squares import Square
+
     return [
         Square(pixels=pixels, caption=canaries.CAPTION, mirrored_caption=canaries.CAPTION)
-        for pixels in canaries.draw_in(canary_seed, flock, coin_secret)
+        for pixels in canaries.draw_in(reveal.canary_seed, canaries.FLOCKS[policy.name], reveal.coin_secret)
     ]
 
 
@@ -696,6 +734,7 @@ def _judged(
     work_path: Path,
     recipe: Recipe,
     num_drawn: int,
+    extra: Sequence[Check],
     *,
     eye_path: Path,
 ) -> gatehouse.Outcome:
@@ -717,6 +756,7 @@ def _judged(
             seed=recipe.seed,
             work_path=work_path,
             eye_path=eye_path,
+            extra=extra,
             on_drawn=bar.update,
         )
 

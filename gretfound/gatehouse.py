@@ -15,12 +15,15 @@ from gretfound import fundus, lineage, matching, metadata, storage
 from gretfound.errors import ConfigError
 from gretfound.examination import Examination, Usable
 from gretfound.fundus import Photograph
-from gretfound.gate import checks
+from gretfound.gate import canaries, checks
+from gretfound.gate.canaries import Reveal
 from gretfound.gate.policy import Policy
 from gretfound.gate.report import Report
 from gretfound.gate.report import make as make_report
 from gretfound.gate.split import Candidate, Split, common_captions, split
 from gretfound.gate.verdict import Check
+from gretfound.generator import adapter
+from gretfound.generator.spending import Ledger
 from gretfound.metadata import Cells, MetadataSummary
 
 if TYPE_CHECKING:
@@ -116,6 +119,38 @@ def prepare(
     )
 
 
+def judge_canaries(
+    reveal: Reveal,
+    *,
+    base_path: Path,
+    adapter_path: Path,
+    policy: str,
+    ledger: Ledger | None,
+    device: str,
+    work_path: Path,
+) -> Check:
+    """Makes the check G5 of a training with canaries, as the hub will, or finds it made.
+
+    The site knows its own coins, so it can: what fails here never leaves.
+
+    Args:
+        reveal: The canaries, and the coins of this training.
+        base_path: The base's folder.
+        adapter_path: What was trained.
+        policy: The site policy.
+        ledger: Of a training with differential privacy.
+        device: ``cpu`` or ``cuda``.
+        work_path: Where the result is kept.
+    """
+    weights_sha256 = storage.sha256_of(adapter_path / adapter.ADAPTER_TENSORS)
+    key = lineage.digest_of([weights_sha256, reveal.model_dump(), policy, ledger.model_dump() if ledger else None])
+    path = work_path / "gate" / f"canaries-{key[:16]}.json"
+    if not path.exists():
+        found = canaries.measure(base_path, adapter_path, reveal=reveal, policy=policy, ledger=ledger, device=device)
+        storage.write_bytes(str(path), lineage.canonical_json(asdict(found)))
+    return Check(**json.loads(path.read_bytes()))
+
+
 def judge(
     prepared: Preparation,
     summary: MetadataSummary,
@@ -146,7 +181,7 @@ def judge(
         on_drawn: Told how many photographs were drawn, each time.
     """
     from gretfound.gate import eyes, picture_page, trial
-    from gretfound.generator import adapter, latents, pipeline, sampling
+    from gretfound.generator import latents, pipeline, sampling
 
     rules = prepared.rules
     num_samples = max(num_drawn, rules.num_samples)

@@ -9,18 +9,15 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+from gretfound import canonical
 from gretfound.errors import LineageError
 
 ID_HEX_DIGITS = 20
 
 
 def canonical_json(content: Any) -> bytes:
-    """Returns ``content`` as the one JSON text that stands for it: sorted keys, no spaces, ASCII, no NaN.
-
-    Records' ids are digests of this text, so it stays as it is. What is signed, and so read by others' programs, is
-    written as the standard has it (`signing.canonical_json`), which spells some numbers otherwise.
-    """
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    """Returns ``content`` as the one JSON text that records' ids are digests of."""
+    return canonical.to_bytes(content, spelling="record")
 
 
 def digest_of(content: Any) -> str:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from gretfound import contribution, screening, sealing, signing
 from gretfound.confinement import Report
 from gretfound.errors import ContributionRejected
+from gretfound.gate import statement
 from gretfound.generator import adapter
 from gretfound.roster import Roster
 from gretfound.sealing import Manifest
@@ -35,7 +36,9 @@ def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
             ``manifest`` once every byte is verified.
 
     Returns:
-        For ``screen``: ``rejected``, the rows of shards that were taken out, by reason. For ``weigh``: ``measured``.
+        For ``screen``: ``rejected``, the rows of shards that were taken out, by reason, and of a form with a generator
+        what the package states of its privacy, ``statement``, or ``statement_code``, why it cannot be read: it is
+        judged in its turn. For ``weigh``: ``terms`` and ``measured``.
 
     Raises:
         ContributionRejected: With the code of the check that did not hold.
@@ -56,8 +59,8 @@ def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
             report({"manifest": manifest.to_bytes().decode()})
             return _screen(Path(request["into_path"]), manifest, request["policy"], report)
         case "weigh":
-            _, measured = adapter.examine(Path(request["adapter_path"]), Path(request["base_weights_path"]))
-            return {"measured": asdict(measured)}
+            terms, measured = adapter.examine(Path(request["adapter_path"]), Path(request["base_weights_path"]))
+            return {"terms": asdict(terms), "measured": asdict(measured)}
         case task:
             raise ValueError(f"found the task {task!r}; required unseal, screen or weigh")
 
@@ -84,4 +87,12 @@ def _screen(opened_path: Path, manifest: Manifest, policy: str, report: Report) 
         summary=summary,
     )
     report({"state": "STRUCTURE"})
-    return {"rejected": dict(sorted(rejected.items()))}
+    counts = {"rejected": dict(sorted(rejected.items()))}
+    if manifest.form == "images":
+        return counts
+    try:
+        return counts | {
+            "statement": statement.read(opened_path, num_patients=summary.num_patients).to_bytes().decode()
+        }
+    except ContributionRejected as error:
+        return counts | {"statement_code": error.code}

@@ -74,6 +74,12 @@ WORDS = {
     "W3_NOT_FINITE": "the weights hold numbers that are not finite; train again",
     "W6_METADATA": f"there are words beside the weights; {_UPDATE}",
     "W7_DTYPE": f"the weights are in another number format than the required one; {_UPDATE}",
+    # what a generator's package states of its privacy
+    "GATE_MISSING": "the package holds no report of the privacy gate; contribute again",
+    "GATE_MALFORMED": f"the gate's report is not of this version; {_UPDATE}",
+    "CANARY_MISSING": f"the weights were trained without canaries; {_UPDATE}",
+    "CANARY_REVEAL": f"what the package says of its canaries is not of this version; {_UPDATE}",
+    "DP_LEDGER": "the ledger of the private training is not of this version; report it",
     # the process itself
     "LIMIT_MEMORY": f"opening it took more memory than the hub allows for one package; {_ASK}",
     "LIMIT_CPU": f"opening it took more processor time than the hub allows for one package; {_ASK}",

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import rfc8785
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,7 +21,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
-from gretfound import files
+from gretfound import canonical, files
 from gretfound.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class _Envelope(Document):
 
 def canonical_json(content: Any) -> bytes:
     """Returns the one JSON text of a content that is signed. Source: RFC 8785."""
-    return rfc8785.dumps(content)
+    return canonical.to_bytes(content, spelling="standard")
 
 
 def parse_json(content: bytes) -> Any:
@@ -111,7 +110,11 @@ def parse_document(content: bytes, expected: type[DocumentT]) -> DocumentT:
         document = expected.model_validate_json(content)
     except ValidationError as error:
         raise UnreadableDocument("BAD_FIELD", "; ".join(sorted(_faults(error)))) from None
-    if document.to_bytes() != content:
+    try:
+        text = document.to_bytes()
+    except ValueError as error:  # RFC 8785 has no integer beyond 2**53
+        raise UnreadableDocument("BAD_FIELD", "a number is larger than JSON can say exactly") from error
+    if text != content:
         raise UnreadableDocument("NOT_CANONICAL", "the bytes are not the canonical JSON of their content")
     return document
 

@@ -11,6 +11,7 @@ Layout::
     HUB/shards/parts/<sha256>.parquet         shard files, named by their content
 """
 
+import base64
 import hashlib
 import json
 import logging
@@ -245,6 +246,45 @@ def download_file(uri: str, path: Path, *, sha256: str | None = None) -> None:
                 )
     except FileNotFoundError as error:
         raise StorageError(f"{uri} does not exist") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        raise StorageError(f"{uri} could not be copied to this machine: {error}; run the command again") from error
+
+
+def is_as_stored(uri: str, path: Path) -> bool:
+    """Tells whether a downloaded copy is what the store says of the object now: its size, and the digest it keeps.
+
+    S3 keeps the SHA-256 that an uploader had it check, and else the MD5 as ETag, of an object that was sent in one part
+    and is not encrypted with KMS. Of all other objects the size alone is compared.
+
+    Raises:
+        StorageError: If the object is absent.
+    """
+    if size_of(uri) != path.stat().st_size:
+        return False
+    name, digest = _digest_kept_of(uri)
+    if not name:
+        return True
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.new(name, usedforsecurity=False)).digest() == digest
+
+
+def _digest_kept_of(uri: str) -> tuple[str, bytes]:
+    """Returns a digest's name and value; both empty where the store keeps none of a kind that is known here."""
+    if not uri.startswith("s3://"):
+        return "", b""
+    remote, remote_path = fsspec.core.url_to_fs(uri)
+    bucket, _, key = remote_path.partition("/")
+    try:
+        facts = remote.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+    except FileNotFoundError as error:
+        raise StorageError(f"{uri} does not exist") from error
+    except OSError as error:
+        raise StorageError(f"{uri} could not be read: {error}") from error
+    if facts.get("ChecksumType") == "FULL_OBJECT" and "ChecksumSHA256" in facts:
+        return "sha256", base64.b64decode(facts["ChecksumSHA256"])
+    etag = facts.get("ETag", "").strip('"')
+    is_md5 = len(etag) == 32 and "kms" not in facts.get("ServerSideEncryption", "")
+    return ("md5", bytes.fromhex(etag)) if is_md5 else ("", b"")
 
 
 def size_of(uri: str) -> int:

@@ -21,7 +21,7 @@ class Faults:
     """Which requests fail, by a part of their path: the first ones of each path, in the order of ``kinds``.
 
     ``slow down`` is 503, ``conflict`` 409, ``checksum`` a digest that does not fit; ``lost`` stores the object and
-    closes the connection without an answer.
+    closes the connection without an answer; ``flip`` answers with one byte of the object changed.
     """
 
     kinds: tuple[str, ...]
@@ -68,6 +68,9 @@ def serve(endpoint: str, faults: Faults) -> Iterator[str]:
             if kind == "lost":
                 self.close_connection = True
                 return None
+            if kind == "flip":
+                middle = len(content) // 2
+                content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
             return self._answer(answer.status, dict(answer.getheaders()), content)
 
         def _read_body(self) -> bytes:

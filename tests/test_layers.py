@@ -75,7 +75,7 @@ ROWS = [
         "gretfound.reasons",
         "gretfound.signing",
     },
-    {"gretfound.enclosure", "gretfound.files"},
+    {"gretfound.canonical", "gretfound.enclosure", "gretfound.files"},
     {"gretfound.config", "gretfound.errors"},
 ]
 JOBS = sorted(

@@ -8,9 +8,10 @@ from tests.conftest import ROOT
 # What `gretfound.opening` reaches with a stranger's bytes, and the process around it.
 ROOMS = (
     *("archive", "confinement", "contribution", "disclosure", "opening", "roster", "screening", "sealing"),
-    "generator/adapter",
+    *("generator/adapter", "generator/spending", "gate/canaries", "gate/statement"),
 )
-HUB_ALONE = {"PREVIOUS_MISSING", "REPLAYED"}  # of `sealing.take_number`
+# Of `sealing.take_number`, and of `statement`, where it judges what a confined process read.
+HUB_ALONE = {"PREVIOUS_MISSING", "REPLAYED", "GATE_POLICY", "GATE_VERDICT", "GATE_WEIGHTS", "FEW_PATIENTS"}
 NOT_OF_PACKAGES = {"TRUNCATED"}  # a damaged photograph is left out and counted
 
 

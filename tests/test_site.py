@@ -26,6 +26,7 @@ from gretfound import (
     dispatch,
     examination,
     fundus,
+    gatehouse,
     metadata,
     phantom,
     sealing,
@@ -36,7 +37,7 @@ from gretfound.errors import ConfigError
 from gretfound.gate import canaries
 from gretfound.gate import policy as gate_policy
 from gretfound.gate import report as gate_report
-from gretfound.generator import pipeline, private
+from gretfound.generator import pipeline, private, spending
 from tests import dicoms, parties, tiny_generator
 from tests.parties import Hub
 
@@ -297,6 +298,8 @@ def test_main__contribute_weights(
     report = gate_report.Report.model_validate_json(content)
     assert (report.policy, report.verdict in gate_report.LEAVES) == ("demonstration/1", True)
     assert report.checks[0].measured["held_out_images"] == 21 and b"aster-" not in content
+    (g5,) = [check for check in report.checks if check.name == "G5"]
+    assert g5.measured["num_canaries"] == 20, "the site scores canaries before the hub does"
     (page_path,) = tmp_path.glob("aster-weights-*.gate.html")
     assert stat.S_IMODE(page_path.stat().st_mode) == 0o600
     assert "stays at the site" in page_path.read_text() and "data:image/jpeg" in page_path.read_text()
@@ -308,7 +311,8 @@ def _require_canaries(opened_path: Path, hub: Hub) -> None:
         (opened_path / "privacy" / name).read_bytes() for name in (canaries.REVEAL_NAME, canaries.COMMITMENT_NAME)
     )
     canary_seed = hub.roster.hub_card.canary_seed
-    canaries.read_reveal(reveal, commitment, canary_seed=canary_seed, policy="demonstration")
+    found = canaries.read_reveal(reveal, commitment)
+    canaries.require_reveal(*found, canary_seed=canary_seed, policy="demonstration")
 
 
 @pytest.mark.slow
@@ -320,7 +324,8 @@ def test_main__contribute_weights_with_differential_privacy(
     assert site.main([*arguments, "--images-seen", "16"]) == site.EXIT_FIT
     _opened(tmp_path / "out", tmp_path / "opened", hub)
     _require_canaries(tmp_path / "opened", hub)
-    ledger = private.require_ledger_adds_up((tmp_path / "opened" / "privacy" / canaries.LEDGER_NAME).read_bytes())
+    ledger = spending.read_ledger((tmp_path / "opened" / "privacy" / spending.LEDGER_NAME).read_bytes())
+    private.require_ledger_adds_up(ledger)
     assert (ledger.claimed_epsilon, ledger.tier) == (6.0, "standard") and 5.8 < ledger.epsilon <= 6.0
     course = (tmp_path / "opened" / "training" / "metrics.jsonl").read_text()
     assert course == '{"images_seen":16,"loss":0.0}\n', "a loss of patients left outside of the account"
@@ -331,6 +336,21 @@ def test_gated__takes_fewer_patients_where_each_is_protected(epsilon: float | No
     found = dispatch._gated(examination.STANDARD, gate_policy.read_policy("standard"), epsilon)
     assert (found.min_patients_to_train, found.min_images_to_train, found.stamp) == (required, required, "standard/1")
     assert epsilon or found == examination.STANDARD, "check says the same as contribute"
+
+
+@pytest.mark.parametrize(("num_told", "epsilon", "is_enough"), [(1320, None, True), (1300, None, False),
+    (1300, 8.0, True), (1300, 8.1, False), (None, 8.0, False)])  # fmt: skip
+def test_require_told_patients__says_before_the_training_what_the_hub_would_say(
+    num_told: int | None, epsilon: float | None, is_enough: bool
+) -> None:
+    rules = disclosure.read_policy("standard")
+    summary = replace(disclosure.release([{}], policy=rules).summary, num_patients=num_told)
+    terms = (summary, rules, gate_policy.read_policy("standard"), epsilon)
+    if is_enough:
+        dispatch._require_told_patients(*terms)
+        return
+    with pytest.raises(ConfigError, match="column Patient"):
+        dispatch._require_told_patients(*terms)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +378,7 @@ def test_main__contribute_writes_nothing_where_too_few_are_held_out(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("failing", ["G7", "G5"])
 def test_main__contribute_writes_nothing_where_the_gate_says_fail(
     larger_site_path: Path,
     gate_eye_path: Path,
@@ -366,16 +387,19 @@ def test_main__contribute_writes_nothing_where_the_gate_says_fail(
     keys_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    failing: str,
 ) -> None:
     shutil.copytree(gate_eye_path, tmp_path, dirs_exist_ok=True)
-    strict = replace(
-        gate_policy.read_policy("demonstration"), max_kid=0.0
-    )  # what an untrained generator draws is noise
-    monkeypatch.setattr(gate_policy, "read_policy", lambda name: strict)
+    if failing == "G7":  # what an untrained generator draws is noise
+        strict = replace(gate_policy.read_policy("demonstration"), max_kid=0.0)
+        monkeypatch.setattr(gate_policy, "read_policy", lambda name: strict)
+    else:  # every training remembers more than nothing
+        monkeypatch.setattr(canaries, "MAX_EPSILON_WITHOUT_NOISE", -1.0)
     arguments = _arguments(larger_site_path, "weights", tmp_path / "out", "--base", str(base_path))
     assert site.main(arguments) == site.EXIT_NOT_FIT
     said = capsys.readouterr().err
-    assert "G7 FAIL" in said and "train longer" in said and "nothing leaves" in said
+    advice = {"G7": "train longer", "G5": "train for fewer steps"}[failing]
+    assert f"{failing} FAIL" in said and advice in said and "nothing leaves" in said
     assert not [path for path in (tmp_path / "out").glob("*") if path.is_file()], "a package or a draft was written"
     assert not list((tmp_path / "out").rglob("*/package/weights")), "weights were staged"
     assert not list(tmp_path.glob("*.releases.json")), "nothing was released"
@@ -387,17 +411,29 @@ def test_main__contribute_writes_nothing_where_the_gate_says_fail(
     assert outcome_path.stat().st_mtime_ns == judged_ns, "it was judged again"
 
 
-def test_main__contribute_synthetic(
-    larger_site_path: Path, gate_eye_path: Path, base_path: Path, tmp_path: Path, hub: Hub, keys_path: Path
+def test_main__contribute_synthetic_leaves_out_what_the_gate_flagged(
+    larger_site_path: Path,
+    gate_eye_path: Path,
+    base_path: Path,
+    tmp_path: Path,
+    hub: Hub,
+    keys_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(gate_eye_path, tmp_path, dirs_exist_ok=True)
+    judge = gatehouse.judge
+
+    def flagging(*arguments: Any, **terms: Any) -> gatehouse.Outcome:
+        return replace(judge(*arguments, **terms), flagged=frozenset({1, 3}))
+
+    monkeypatch.setattr(gatehouse, "judge", flagging)
     assert (
         site.main(_arguments(larger_site_path, "synthetic", tmp_path / "out", "--base", str(base_path)))
         == site.EXIT_FIT
     )
     manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
-    assert (manifest.form, manifest.num_images, len(rows)) == ("synthetic", 5, 5)
-    assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
+    assert (manifest.form, manifest.num_images, len(rows)) == ("synthetic", 3, 3)
+    assert [row["seed"] for row in rows] == [0, 2, 4]
     for row in rows:
         assert (row["origin"], row["patient"], row["width_px"]) == ("synthetic", None, 32)
         assert row["prompt"].startswith("colour fundus photograph")

@@ -3,6 +3,7 @@
 import concurrent.futures
 from pathlib import Path
 
+import boto3
 import pytest
 
 from gretfound import storage
@@ -118,3 +119,27 @@ def test_filesystem__unknown_scheme() -> None:
 def test_filesystem__clouds_are_opened_by_pyarrow(uri: str) -> None:
     opened, path = storage.filesystem(uri)
     assert opened.type_name in ("gcs", "abfs") and path.endswith("hub/x")
+
+
+def test_is_as_stored__compares_the_size_everywhere_and_a_digest_where_s3_keeps_one(
+    s3_hub: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sent").write_bytes(b"as it was sent")
+    (tmp_path / "changed").write_bytes(b"As it was sent")
+    (tmp_path / "cut").write_bytes(b"as it was")
+    copies = [tmp_path / name for name in ("sent", "changed", "cut")]
+    bucket, _, folder = s3_hub.removeprefix("s3://").partition("/")
+    client = boto3.client("s3")
+    content = (tmp_path / "sent").read_bytes()
+    client.put_object(Bucket=bucket, Key=f"{folder}/md5", Body=content)
+    client.put_object(Bucket=bucket, Key=f"{folder}/sha256", Body=content, ChecksumAlgorithm="SHA256")
+    begun = client.create_multipart_upload(Bucket=bucket, Key=f"{folder}/parts")
+    part = {"Bucket": bucket, "Key": f"{folder}/parts", "UploadId": begun["UploadId"]}
+    etag = client.upload_part(**part, PartNumber=1, Body=content)["ETag"]
+    client.complete_multipart_upload(**part, MultipartUpload={"Parts": [{"ETag": etag, "PartNumber": 1}]})
+    for name in ("md5", "sha256"):
+        assert [storage.is_as_stored(f"{s3_hub}/{name}", copy) for copy in copies] == [True, False, False], name
+    for uri in (f"{s3_hub}/parts", str(tmp_path / "sent")):
+        assert [storage.is_as_stored(uri, copy) for copy in copies] == [True, True, False], uri
+    with pytest.raises(StorageError, match="does not exist"):
+        storage.is_as_stored(f"{s3_hub}/absent", tmp_path / "sent")

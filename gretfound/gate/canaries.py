@@ -3,7 +3,8 @@
 The hub's card decides which photographs are drawn. The site's container tosses a secret coin for each, commits to the
 coins before the training, learns the "in" half together with the site's own photographs, and reveals the coins beside
 the weights. The hub measures how well the weights know each canary, guesses which were in, and counts how often it is
-right: so often as a training that keeps its epsilon allows only once in twenty times, and the check fails.
+right: so often as a training that keeps its epsilon allows only once in twenty times, and the check fails. The site
+does the same before it packs, so that no such weights leave; the hub does not rely on it.
 
 Source: Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1) training run" (arXiv:2305.08846), theorem 5.2.
 It is a lower bound by one attack: it can show that a training remembers too much, never that it does not.
@@ -24,12 +25,12 @@ from scipy import optimize, stats
 from gretfound import fundus, phantom, signing, storage
 from gretfound.errors import ContributionRejected
 from gretfound.gate.verdict import Check
+from gretfound.generator.spending import Ledger
 from gretfound.lineage import Generator
 from gretfound.roster import Sha256
 from gretfound.signing import Document
 
 REVEAL_NAME, COMMITMENT_NAME = "canary_reveal.json", "canary_commitment.json"
-LEDGER_NAME = "dp_ledger.json"
 MAX_EPSILON_WITHOUT_NOISE = 1.0
 CONFIDENCE = 0.95
 # All canaries share one caption that no patient has and nobody asks for: it keeps what they look like out of what is
@@ -124,29 +125,35 @@ def toss(coin_secret: str, num_canaries: int) -> Coins:
     return is_in
 
 
-def read_reveal(reveal_bytes: bytes, commitment_bytes: bytes, *, canary_seed: int, policy: str) -> Reveal:
-    """Reads a package's reveal.
+def read_reveal(reveal_bytes: bytes, commitment_bytes: bytes) -> tuple[Reveal, Commitment]:
+    """Reads a package's reveal and commitment, of any origin.
+
+    Raises:
+        ContributionRejected: ``CANARY_REVEAL``.
+    """
+    try:
+        return signing.parse_document(reveal_bytes, Reveal), signing.parse_document(commitment_bytes, Commitment)
+    except signing.UnreadableDocument as error:
+        raise _refused(f"what the package says of its canaries is not of this version: {error}") from error
+
+
+def require_reveal(reveal: Reveal, committed: Commitment, *, canary_seed: int, policy: str) -> None:
+    """Requires the canaries of a hub and a policy, and the coins that were committed to.
 
     Args:
-        reveal_bytes: The member, of any origin.
-        commitment_bytes: The commitment, of any origin.
+        reveal: A package's.
+        committed: The same package's.
         canary_seed: That of the hub's card.
         policy: The site policy, which says how many canaries there are.
 
     Raises:
         ContributionRejected: ``CANARY_REVEAL``.
     """
-    try:
-        reveal = signing.parse_document(reveal_bytes, Reveal)
-        committed = signing.parse_document(commitment_bytes, Commitment)
-    except signing.UnreadableDocument as error:
-        raise _refused(f"what the package says of its canaries is not of this version: {error}") from error
     flock = FLOCKS.get(policy)
     if reveal.canary_seed != canary_seed or flock is None or reveal.num_canaries != flock.num_canaries:
         raise _refused("found other canaries than those of the hub's card and the site's policy")
     if committed.commitment != commitment_to(reveal.coin_secret):
         raise _refused("the coins are not those that the container committed itself to before the training")
-    return reveal
 
 
 def _refused(found: str) -> ContributionRejected:
@@ -261,10 +268,10 @@ def score(
     *,
     reveal: Reveal,
     policy: str,
-    ledger_bytes: bytes | None,
+    ledger: Ledger | None,
     device: str = "cpu",
 ) -> Check:
-    """Judges delivered weights at the hub: the ledger of a private training, if there is one, and the canaries.
+    """Judges at the hub what delivered weights know of the canaries.
 
     It needs torch and the base, and runs on a node of its own.
 
@@ -272,32 +279,46 @@ def score(
         hub_uri: The hub.
         base: The base's record.
         adapter_files: The content of an adapter's files by name; its tensors were checked.
-        reveal: As `read_reveal` returned it.
+        reveal: As `require_reveal` let it pass.
         policy: The site policy.
-        ledger_bytes: The ledger that claims differential privacy, of any origin; None where nothing is claimed.
+        ledger: That claims differential privacy, and adds up; None where nothing is claimed.
         device: ``cpu`` or ``cuda``.
-
-    Raises:
-        ContributionRejected: ``DP_LEDGER`` if the ledger does not add up.
     """
-    from gretfound.generator import exposure  # torch
-
-    claim = None
-    if ledger_bytes is not None:
-        from gretfound.generator import private  # Opacus
-
-        claim = private.require_ledger_adds_up(ledger_bytes)
     with storage.scratch_folder() as folder:
         base_path = storage.fetch_folder(hub_uri, base, Path(folder) / "base")
         adapter_path = Path(folder) / "adapter"
         adapter_path.mkdir()
         for name, content in adapter_files.items():
             (adapter_path / name).write_bytes(content)
-        photographs = draw(reveal.canary_seed, FLOCKS[policy])
-        gains = exposure.gains(base_path, adapter_path, photographs, caption=CAPTION, device=device)
+        return measure(base_path, adapter_path, reveal=reveal, policy=policy, ledger=ledger, device=device)
+
+
+def measure(
+    base_path: Path,
+    adapter_path: Path,
+    *,
+    reveal: Reveal,
+    policy: str,
+    ledger: Ledger | None,
+    device: str = "cpu",
+) -> Check:
+    """Judges weights that lie on this machine, as `score` does; a site calls it before it packs.
+
+    Args:
+        base_path: A trusted diffusers folder.
+        adapter_path: An adapter of it whose tensors were checked.
+        reveal: Which canaries, and their coins.
+        policy: The site policy.
+        ledger: As `score` takes it.
+        device: ``cpu`` or ``cuda``.
+    """
+    from gretfound.generator import exposure  # torch
+
+    photographs = draw(reveal.canary_seed, FLOCKS[policy])
+    gains = exposure.gains(base_path, adapter_path, photographs, caption=CAPTION, device=device)
     return check(
         gains,
         toss(reveal.coin_secret, reveal.num_canaries),
-        claimed_epsilon=claim.claimed_epsilon if claim else None,
-        delta=claim.delta if claim else 0.0,
+        claimed_epsilon=ledger.claimed_epsilon if ledger else None,
+        delta=ledger.delta if ledger else 0.0,
     )

@@ -17,10 +17,11 @@ Checks of a contribution (trust.md, section 4; the codes begin with their names)
 W4 and W5 are judgements: what fails them is put aside for a person to look at. All others reject.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,10 +125,29 @@ def read_terms(path: Path) -> AdapterTerms:
         if len(text) > MAX_TERMS_BYTES:
             raise ValueError("too long")
         content = signing.parse_json(text)
-        terms = AdapterTerms(**{**content, "target_modules": tuple(content["target_modules"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ContributionRejected(
             "ADAPTER_TERMS", f"{ADAPTER_TERMS} is not readable: {type(error).__name__}"
+        ) from error
+    return terms_from_json(content)
+
+
+def write_terms(path: Path, terms: AdapterTerms) -> None:
+    """Writes into an adapter's folder what it says about itself; the same terms are always the same bytes."""
+    (path / ADAPTER_TERMS).write_text(json.dumps(asdict(terms), indent=2, sort_keys=True) + "\n")
+
+
+def terms_from_json(content: Any) -> AdapterTerms:
+    """Rebuilds an adapter's terms from their fields, of any origin.
+
+    Raises:
+        ContributionRejected: ``ADAPTER_TERMS`` if they are of the wrong kind, or not possible.
+    """
+    try:
+        terms = AdapterTerms(**{**content, "target_modules": tuple(content["target_modules"])})
+    except (TypeError, KeyError) as error:
+        raise ContributionRejected(
+            "ADAPTER_TERMS", f"{ADAPTER_TERMS} has other fields than this version: {type(error).__name__}"
         ) from error
     counts = (terms.rank, terms.resolution_px, terms.images_seen)
     measures = (terms.alpha, terms.final_loss)

@@ -11,7 +11,6 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
@@ -30,11 +29,11 @@ from gretfound.errors import ConfigError, ContributionRejected, LineageError, St
 from gretfound.generator import autoencoding, consistency
 from gretfound.generator.adapter import (
     ADAPTER_TENSORS,
-    ADAPTER_TERMS,
     TARGET_MODULES,
     UNET_WEIGHTS,
     AdapterTerms,
     read_terms,
+    write_terms,
 )
 from gretfound.lineage import Generator
 
@@ -384,7 +383,7 @@ def save_adapter(path: Path, *, tensors: Mapping[str, Tensor], terms: AdapterTer
     dtype = torch.bfloat16 if terms.method == "lora" else None
     leaving = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     save_file(leaving, partial / ADAPTER_TENSORS)
-    (partial / ADAPTER_TERMS).write_text(json.dumps(asdict(terms), indent=2, sort_keys=True) + "\n")
+    write_terms(partial, terms)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     return path

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,42 +32,20 @@ from opacus import GradSampleModule
 from opacus.accountants import PRVAccountant
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.optimizers import DPOptimizer
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gretfound import averaging, lineage, signing, storage
+from gretfound import averaging, lineage, storage
 from gretfound.errors import ConfigError, ContributionRejected
 from gretfound.generator import adapter, denoising, finetune, latents, pipeline
 from gretfound.generator.latents import EncodedPhotographs
+from gretfound.generator.spending import LEDGER_NAME, Ledger, tier_of
 from gretfound.generator.squares import Square
-from gretfound.signing import Document
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-MAX_EPSILON = {"strong": 3.0, "standard": 8.0, "weak": 10.0}
-LEDGER_NAME, STATE_NAME = "dp_ledger.json", "state.safetensors"
+STATE_NAME = "state.safetensors"
 PATIENTS_AT_ONCE = 8
 NUM_CHECKPOINTS = 2
-Tier = Literal["strong", "standard", "weak"]
-
-
-class Ledger(Document):
-    """What a private training has spent: the accountant's history, and what follows from it.
-
-    Each entry of ``history`` is a noise multiplier, a sampling rate and a number of steps. ``epsilon`` is at most
-    ``claimed_epsilon``; both hold with ``delta``. Rate and delta are rounded, so that they count no patients.
-    """
-
-    schema_version: Literal["gretfound-dp-ledger/1"] = "gretfound-dp-ledger/1"
-    unit: Literal["patient"] = "patient"
-    mechanism: Literal["poisson-sampled gaussian"] = "poisson-sampled gaussian"
-    accountant: Literal["prv"] = "prv"
-    claimed_epsilon: float = Field(gt=0, le=MAX_EPSILON["weak"])
-    epsilon: float = Field(ge=0)
-    delta: float = Field(gt=0, lt=1)
-    tier: Tier
-    clip_norm: float = Field(gt=0)
-    history: tuple[tuple[float, float, int], ...] = Field(max_length=64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +54,6 @@ class Private:
 
     adapter_path: Path
     ledger_path: Path
-
-
-def tier_of(epsilon: float) -> Tier:
-    """Names a guarantee: up to 3 strong, up to 8 standard, up to 10 weak.
-
-    Raises:
-        ConfigError: If it is larger, or not above 0: that may not be called differential privacy.
-    """
-    found = next((tier for tier, largest in MAX_EPSILON.items() if 0 < epsilon <= largest), None)
-    if found is None:
-        raise ConfigError(
-            f"found an epsilon of {epsilon:g}; required above 0 and at most {MAX_EPSILON['weak']:g}: a larger one may "
-            "not be called differential privacy"
-        )
-    return found  # type: ignore[return-value]
 
 
 def delta_for(num_patients: int) -> float:
@@ -142,30 +105,18 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def require_ledger_adds_up(content: bytes) -> Ledger:
-    """Reads a package's ledger and computes its epsilon anew.
+def require_ledger_adds_up(ledger: Ledger) -> None:
+    """Computes anew what a package's ledger has spent.
 
     Raises:
-        ContributionRejected: ``DP_LEDGER`` if it is not of this version, or its history spends more than it says.
+        ContributionRejected: ``DP_LEDGER`` if its history spends more than it says, or something else.
     """
-    try:
-        ledger = signing.parse_document(content, Ledger)
-    except signing.UnreadableDocument as error:
-        raise ContributionRejected(
-            "DP_LEDGER", f"the ledger of the private training is not of this version: {error}; contribute again"
-        ) from error
-    in_range = all(sigma > 0 and 0 < rate <= 1 and 0 < steps < 10**8 for sigma, rate, steps in ledger.history)
-    found = epsilon_spent(ledger.history, delta=ledger.delta) if in_range and ledger.history else math.inf
-    if (
-        found > ledger.claimed_epsilon
-        or abs(found - ledger.epsilon) > 1e-6
-        or ledger.tier != tier_of(ledger.claimed_epsilon)
-    ):
+    found = epsilon_spent(ledger.history, delta=ledger.delta) if ledger.history else math.inf
+    if found > ledger.claimed_epsilon or abs(found - ledger.epsilon) > 1e-6:
         raise ContributionRejected(
             "DP_LEDGER",
             f"the ledger claims an epsilon of {ledger.claimed_epsilon:g}, its history comes to {found:.4g}; report it",
         )
-    return ledger
 
 
 def finetune_privately(

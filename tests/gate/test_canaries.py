@@ -105,7 +105,7 @@ def test_read_reveal__accepts_what_the_container_committed_to_and_nothing_else()
     commitment = canaries.Commitment(commitment=canaries.commitment_to(SECRET)).to_bytes()
 
     def read(content: bytes, seed: int = 7, before: bytes = commitment, policy: str = "demonstration") -> None:
-        canaries.read_reveal(content, before, canary_seed=seed, policy=policy)
+        canaries.require_reveal(*canaries.read_reveal(content, before), canary_seed=seed, policy=policy)
 
     read(reveal.to_bytes())
     attempts = [
@@ -150,8 +150,6 @@ def test_score__follows_what_the_weights_know(tmp_path: Path) -> None:
         reveal = canaries.Reveal(
             canary_seed=7, num_canaries=20, coin_secret=knowing.coin_secret_for(gains, knows=knows)
         )
-        found = canaries.score(
-            str(tmp_path / "hub"), base, files, reveal=reveal, policy="demonstration", ledger_bytes=None
-        )
+        found = canaries.score(str(tmp_path / "hub"), base, files, reveal=reveal, policy="demonstration", ledger=None)
         assert found.verdict == verdict
         assert found.measured["num_correct"] == (10 if knows else 5)

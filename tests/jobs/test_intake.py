@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -638,6 +639,26 @@ def test_admit__only_the_process_that_parses_nothing_has_the_identity(
     assert has_secret == [True, False, False]
 
 
+@pytest.mark.parametrize("report", [{}, {"photographs": 3}])
+def test_admit__reads_no_page_of_a_package_outside_of_the_confined_processes(
+    hub: Hub, tmp_path: Path, base_path: Path, monkeypatch: pytest.MonkeyPatch, report: dict[str, Any]
+) -> None:
+    _publish_base(hub.uri, base_path)
+    path = _weights_package(tmp_path / "package.age", base_path, gate={"policy_name": "demonstration"} | report)
+    read: list[str] = []
+    original = io.open
+
+    def watched(file: Any, mode: str = "r", *arguments: Any, **terms: Any) -> Any:
+        if "/work/opened/" in str(file) and "w" not in mode:
+            read.append(str(file))
+        return original(file, mode, *arguments, **terms)
+
+    monkeypatch.setattr(io, "open", watched)
+    monkeypatch.setattr("builtins.open", watched)
+    assert _admit(hub, path).code == ("GATE_MALFORMED" if report else "")
+    assert read == []
+
+
 def test_admit__repeats_no_word_of_the_process_that_parses(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -747,6 +768,60 @@ def test_admit__reads_through_a_bucket_that_is_slow_to_answer(
     outcome = _through_faults(hub, uri, faults, monkeypatch)
     assert faults.made["slow down"] == 2
     assert (outcome.verdict, outcome.package_sha256) == ("ADMITTED", storage.sha256_of(path))
+
+
+def _traces(hub: Hub) -> list[str]:
+    folders = ("admissions", "quarantine", "sequence", "runs", "contributions")
+    return [name for folder in folders for name in storage.list_uris(storage.join(hub.uri, folder))]
+
+
+def test_admit__judges_nothing_that_is_not_what_its_name_says(hub: Hub, tmp_path: Path) -> None:
+    path = _image_package(tmp_path / "package.age", num_images=2)
+    whole = path.read_bytes()
+    uri = storage.join(hub.uri, "inbox", "aster", "first", f"{storage.sha256_of(path)}.age")
+    for changed in (whole[:-100], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:], b""):
+        storage.write_bytes(uri, changed)
+        outcome = _admit(hub, uri)
+        assert (outcome.verdict, outcome.code, outcome.package_sha256) == ("", "CHANGED_ON_THE_WAY", "")
+        assert _traces(hub) == [], "something was written of a site's package that nobody has seen"
+    storage.write_bytes(uri, whole)
+    assert _admit(hub, uri).verdict == "ADMITTED"
+
+
+@pytest.mark.parametrize("num_flips", [pytest.param(1, marks=pytest.mark.slow), admission.FETCH_ATTEMPTS])
+def test_admit__judges_nothing_that_is_not_what_the_bucket_says(
+    s3_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_flips: int
+) -> None:
+    hub = _s3_hub(storage.join(s3_hub, f"flips-{num_flips}"), tmp_path)
+    uri = storage.join(hub.uri, "inbox", "package.age")
+    path = _image_package(tmp_path / "package.age", num_images=2, first_seed=120)
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=path.read_bytes())  # in one part: the ETag is the MD5
+    faults = Faults(kinds=("flip",) * num_flips, within="package.age", method="GET")
+    with monkeypatch.context() as patch:
+        patch.setattr(admission, "enter", lambda *arguments, **terms: None)  # there is no verdict to enter
+        outcome = _through_faults(hub, uri, faults, monkeypatch)
+    assert faults.made["flip"] == num_flips
+    if num_flips == admission.FETCH_ATTEMPTS:
+        assert (outcome.verdict, outcome.code) == ("", "CHANGED_ON_THE_WAY") and _traces(hub) == []
+        outcome = _admit(hub, uri)
+    assert (outcome.verdict, outcome.code) == ("ADMITTED", "")
+
+
+def test_main__a_package_that_changed_on_the_way_waits(
+    hub: Hub, hub_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _image_package(tmp_path / "package.age", num_images=2)
+    uri = storage.join(hub_uri, "inbox", f"{'0' * 64}.age")
+    storage.upload_file(path, uri)
+    command = [f"hub_uri={hub_uri}", POLICY]
+    with pytest.raises(ContributionRejected, match="CHANGED_ON_THE_WAY"):
+        intake.main(command)
+    assert "waits  not read  CHANGED_ON_THE_WAY" in capsys.readouterr().err
+    assert _traces(hub) == [] and _events(hub_uri) == []
+    storage.upload_file(path, storage.join(hub_uri, "inbox", f"{storage.sha256_of(path)}.age"))
+    assert intake.main(command).startswith("intake-"), "the other package does not wait for it"
+    assert _events(hub_uri) == [("accepted", "")]
 
 
 def _mixed_packages(hub: Hub, folder_path: Path, base_path: Path, *, num: int) -> dict[Path, str]:

@@ -12,7 +12,7 @@ from gretfound import admission, confinement, disclosure
 from gretfound.admission import History
 from gretfound.dispatch import Recipe
 from gretfound.gate import canaries
-from gretfound.generator import exposure, pipeline, private
+from gretfound.generator import exposure, pipeline, private, spending
 from gretfound.keyring import Keyring
 from tests import knowing, parties, summaries, tiny_generator
 from tests.parties import Hub
@@ -25,8 +25,8 @@ def hub(tmp_path: Path) -> Hub:
     return parties.hub_at(tmp_path)
 
 
-def _ledger(delta: float = 1e-5) -> private.Ledger:
-    return private.Ledger(
+def _ledger(delta: float = 1e-5) -> spending.Ledger:
+    return spending.Ledger(
         claimed_epsilon=1.0, epsilon=private.epsilon_spent(HISTORY, delta=delta), delta=delta, tier="strong",
         clip_norm=1e-3, history=HISTORY,
     )  # fmt: skip
@@ -83,14 +83,24 @@ def test_admit__refuses_weights_that_know_which_canaries_they_saw(hub: Hub, tmp_
 
 
 @pytest.mark.slow
-def test_admit__a_standard_hub_requires_canaries(hub: Hub, tmp_path: Path) -> None:
+def test_admit__a_standard_hub_requires_canaries_and_patients(hub: Hub, tmp_path: Path) -> None:
     base_path = tiny_generator.write_base(tmp_path / "base")
     tiny_generator.publish_base(hub.uri, base_path)
     knowing.adapter_files(base_path, tmp_path / "adapter")
     ring = hub.join(tmp_path / "aster.keys", "aster")
-    rules = disclosure.read_policy("standard")
-    path = _package(tmp_path, ring, base_path, "bare", {}, told_by=rules, policy="standard/1")
-    assert _admit(hub, path, "standard").code == "CANARY_MISSING"
+    terms: dict[str, Any] = {"told_by": disclosure.read_policy("standard"), "policy": "standard/1"}
+
+    def code_of(name: str, num_patients: int, **members: bytes) -> str:
+        path = _package(tmp_path, ring, base_path, name, members, num_patients=num_patients, **terms)
+        return _admit(hub, path, "standard").code
+
+    false_ledger = _ledger().model_copy(update={"epsilon": 0.01}).to_bytes()
+    assert code_of("bare", 1400) == "CANARY_MISSING"
+    assert code_of("few", 400) == "FEW_PATIENTS", "the report says PASS, and the package itself that it cannot be"
+    assert code_of("few-private", 400, dp_ledger=_ledger().to_bytes()) == "CANARY_MISSING", (
+        "noise makes up for patients"
+    )
+    assert code_of("few-false", 400, dp_ledger=false_ledger) == "DP_LEDGER"
 
 
 def _package(
@@ -101,6 +111,7 @@ def _package(
     members: dict[str, bytes],
     *,
     told_by: Any = None,
+    num_patients: int = 9,
     **changes: Any,
 ) -> Path:
     staging_path = folder_path / name
@@ -110,7 +121,8 @@ def _package(
     parties.write_gate_report(staging_path)
     for each, content in members.items():
         (staging_path / "privacy" / f"{each}.json").write_bytes(content)
-    summary = summaries.write_summary(staging_path, [{"sex": "female"}] * 9, policy=told_by)
+    rows = [{"sex": "female", "patient": f"p{place}"} for place in range(num_patients)]
+    summary = summaries.write_summary(staging_path, rows, policy=told_by)
     (staging_path / "training" / "config.json").write_text(json.dumps(asdict(Recipe())))
     (staging_path / "training" / "metrics.jsonl").write_text('{"images_seen":64,"loss":0.5}\n')
     terms: dict[str, Any] = {
