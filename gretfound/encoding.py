@@ -18,7 +18,6 @@ from gretfound.errors import GretfoundError
 from gretfound.generator import latents, pipeline
 from gretfound.lineage import Generator, ShardSet
 
-FOLDER = "latents"
 FILES = (latents.CAPTIONS_NAME, latents.LATENTS_NAME)  # in the order in which they are written
 
 
@@ -43,7 +42,7 @@ class Part:
 
     def cache_uri(self, hub_uri: str, base: Generator) -> str:
         """Returns the folder of the part's cache."""
-        return storage.join(hub_uri, FOLDER, self.site_id, self.key(base))
+        return storage.join(storage.latents_uri(hub_uri, self.site_id), self.key(base))
 
     def is_encoded(self, hub_uri: str, base: Generator) -> bool:
         """Tells whether the cache is there, and complete."""
