@@ -185,7 +185,7 @@ def encode_squares(
         every = [*captions, ""]
         for first in range(0, len(every), CAPTION_BATCH):
             listed = every[first : first + CAPTION_BATCH]
-            writer.write({"caption": listed}, {"text": _encode_captions(base, listed)})
+            writer.write({"caption": listed}, {"text": embed_captions(base, listed)})
     shutil.rmtree(cache_path, ignore_errors=True)
     partial.rename(cache_path)
     return num_images
@@ -205,12 +205,15 @@ def _encode_views(base: StableDiffusionPipeline, photographs: Sequence[Square]) 
 
 
 @torch.inference_mode()
-def _encode_captions(base: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
-    """Returns the embeddings (B, L, D) of captions, on the CPU."""
-    ids_NL = pipeline.caption_ids(base.tokenizer, [*captions, *[""] * (CAPTION_BATCH - len(captions))])
-    encoder = base.text_encoder
-    text_NLD: Tensor = encoder(ids_NL.to(encoder.device)).last_hidden_state.float().cpu()
-    return text_NLD[: len(captions)]
+def embed_captions(base: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
+    """Returns the embeddings (B, L, D) of captions, on the CPU; one does not depend on how many others there are."""
+    blocks = []
+    for first in range(0, len(captions), CAPTION_BATCH):
+        listed = list(captions[first : first + CAPTION_BATCH])
+        ids_NL = pipeline.caption_ids(base.tokenizer, [*listed, *[""] * (CAPTION_BATCH - len(listed))])
+        text_NLD = base.text_encoder(ids_NL.to(base.text_encoder.device)).last_hidden_state
+        blocks.append(text_NLD[: len(listed)].float().cpu())
+    return torch.cat(blocks)
 
 
 class _Writer:
