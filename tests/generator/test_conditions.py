@@ -14,7 +14,9 @@ def test_drawn_photographs__follow_their_captions(tmp_path: Path) -> None:
     assert [each.attribute for each in found.agreements] == list(conditions.ATTRIBUTES)
     for each in found.agreements:
         assert each.accuracy > 0.7, f"{each.attribute}: the grader cannot tell"
-        assert each.low > each.chance + 0.05, f"{each.attribute}: {each.agreement:.2f} ({each.low:.2f}, {each.high:.2f})"
+        assert each.low > each.chance + 0.05, (
+            f"{each.attribute}: {each.agreement:.2f} ({each.low:.2f}, {each.high:.2f})"
+        )
         assert each.shuffled_low < each.chance, f"{each.attribute}: shuffled captions are followed too"
     assert {"camera", "ethnicity", "dr", "sex", "dr*sex"} <= set(found.p_values)
     assert min(found.p_values.values()) > 1e-3, found.p_values
