@@ -11,9 +11,10 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ from gretfound.metadata import BLANK, Cells, MetadataSummary
 from gretfound.synthesis import Wish
 
 SIDES = ("held_out", "trained_on", "generated", "base", "sweep")
+VESSEL_SIDES = SIDES[:-1]
 TRAINING_KEYS = ("method", "resolution_px", "num_images", "images_seen", "final_loss")
 PICTURE_PX = 288  # of real photographs in a report: twice what a page shows them at
 TRAINING_METRICS = "training/metrics.jsonl"  # of a contribution whose generator was trained at the site
@@ -106,7 +108,10 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One unit of work: photographs ``first`` to ``first + num`` of a side; ``places`` of real ones only."""
+    """One unit of work: photographs ``first`` to ``first + num`` of a side.
+
+    ``places`` are of photographs that are there; what is drawn has ``wishes`` of its own, or those of `wishes_of`.
+    """
 
     run_uri: str
     generator_id: str
@@ -117,6 +122,7 @@ class Part:
     num: int
     resolution_px: int
     places: tuple[Place, ...] = ()
+    wishes: tuple[Wish, ...] = ()
 
     @property
     def uri(self) -> str:
@@ -161,7 +167,7 @@ def plan(hub_uri: str, generator: Generator, shard_set: ShardSet | None, *, run_
             "on: run jobs.finetune_generators with a larger held_out_share"
         )
         return Plan(generator=generator, run_uri=run_uri, contribution=contribution, missing=missing)
-    places = list(_places(hub_uri, shard_set))
+    places = list(places_of(hub_uri, shard_set))
     is_held_out_N = np.isin([each.image_id for each in places], held_out.image_ids)
     hashes_NW = duplicates.read_signatures(hub_uri, shard_set.shards).hashes
     again = duplicates.find_matches(hashes_NW[~is_held_out_N], hashes_NW[is_held_out_N])[:, 1]
@@ -174,8 +180,8 @@ def plan(hub_uri: str, generator: Generator, shard_set: ShardSet | None, *, run_
         run_uri=run_uri,
         contribution=contribution,
         missing=missing,
-        held_out=_chosen(places, is_reference_N, max_real),
-        trained_on=_chosen(places, ~is_held_out_N, max_real),
+        held_out=choose_places(itertools.compress(places, is_reference_N), num_images=max_real),
+        trained_on=choose_places(itertools.compress(places, ~is_held_out_N), num_images=max_real),
         num_held_out=int(is_held_out_N.sum()),
         num_trained_on=int((~is_held_out_N).sum()),
         num_near_duplicates=len(near),
@@ -189,7 +195,8 @@ def read_holdout(hub_uri: str, generator: Generator) -> holdout.Holdout | None:
     return holdout.from_json(storage.read_json(storage.join(storage.record_uri(hub_uri, generator), holdout.FILE_NAME)))
 
 
-def _places(hub_uri: str, shard_set: ShardSet) -> Iterator[Place]:
+def places_of(hub_uri: str, shard_set: ShardSet) -> Iterator[Place]:
+    """Yields where each photograph of a shard set lies, in order."""
     for part in shard_set.shards:
         with shard.open_shard(storage.join(hub_uri, part.path)) as parquet:
             for group in range(parquet.num_row_groups):
@@ -198,10 +205,10 @@ def _places(hub_uri: str, shard_set: ShardSet) -> Iterator[Place]:
                     yield Place(path=part.path, row_group=group, row=row, image_id=image_id)
 
 
-def _chosen(places: Sequence[Place], is_wanted_N: npt.NDArray[np.bool_], max_real: int) -> tuple[Place, ...]:
+def choose_places(places: Iterable[Place], *, num_images: int) -> tuple[Place, ...]:
     """Returns the first by image id, each once, in the order in which they lie, so that a part reads few row groups."""
-    wanted = {each.image_id: each for each, is_wanted in zip(places, is_wanted_N.tolist(), strict=True) if is_wanted}
-    chosen = [wanted[image_id] for image_id in sorted(wanted)[:max_real]]
+    wanted = {each.image_id: each for each in places}
+    chosen = [wanted[image_id] for image_id in sorted(wanted)[:num_images]]
     return tuple(sorted(chosen, key=lambda each: (each.path, each.row_group, each.row)))
 
 
@@ -267,15 +274,21 @@ def wishes_of(
     if not is_swept:
         drawn = matching.draw_cells(matching.fit_groups(summary, balance={}), num=num_images, seed=seed)
         return [_wish(cells, "evaluated", seed, row) for row, cells in enumerate(drawn)]
-    usual: Cells = {}
-    for key in sorted(summary.counts):
-        usual |= metadata.cells_of(key, next(iter(_commonest(summary, key)), BLANK))
+    usual = usual_cells(summary)
     return [
         _wish(usual | metadata.cells_of(attribute, text), "swept", seed, number)
         for attribute in appraisal.attributes_of(summary.counts, attributes)
         for number in range(num_seeds)
         for text in swept_values(summary, attribute)
     ]
+
+
+def usual_cells(summary: MetadataSummary) -> Cells:
+    """Returns the commonest value of each column of a site's summary."""
+    usual: Cells = {}
+    for key in sorted(summary.counts):
+        usual |= metadata.cells_of(key, next(iter(_commonest(summary, key)), BLANK))
+    return usual
 
 
 def _wish(cells: Cells, *seeded_by: Any) -> Wish:
@@ -297,10 +310,7 @@ class Examiner:
     Args:
         hub_uri: The hub.
         encoder_id: The encoder whose features are the second space; empty: thumbnails.
-        attributes: Columns that sweeps change.
-        num_images: Photographs to draw of each generator.
-        num_seeds: Seeds of each sweep.
-        seed: Seeds captions and images.
+        wishing: The arguments of `wishes_of`, for parts without wishes of their own.
         num_steps: Steps of the solver.
         guidance_scale: Weight of the caption.
         batch_size: Photographs drawn together, and held at a time.
@@ -313,23 +323,15 @@ class Examiner:
         *,
         hub_uri: str,
         encoder_id: str,
-        attributes: Sequence[str],
-        num_images: int,
-        num_seeds: int,
-        seed: int,
         num_steps: int,
         guidance_scale: float,
         batch_size: int,
         device: str,
         precision: str,
+        wishing: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._hub_uri, self._device, self._precision, self._batch_size = hub_uri, device, precision, batch_size
-        self._wishing: dict[str, Any] = {
-            "num_images": num_images,
-            "attributes": attributes,
-            "num_seeds": num_seeds,
-            "seed": seed,
-        }
+        self._wishing = dict(wishing)
         self._drawing: dict[str, Any] = {
             "num_steps": num_steps,
             "guidance_scale": guidance_scale,
@@ -348,9 +350,9 @@ class Examiner:
 
     def examine(self, part: Part) -> None:
         """Draws or reads one part, takes it to every space and writes what was measured."""
-        spaces: dict[str, Space] = {}
-        if part.side != "sweep":
-            spaces = {**self._spaces, appraisal.VESSELS: appraisal.vessel_space(part.resolution_px)}
+        spaces: dict[str, Space] = {} if part.side == "sweep" else dict(self._spaces)
+        if part.side in VESSEL_SIDES:
+            spaces[appraisal.VESSELS] = appraisal.vessel_space(part.resolution_px)
         photographs = self._read(part) if part.places else self._draw(part)
         rows: list[dict[str, Any]] = []
         while block := list(itertools.islice(photographs, self._batch_size)):
@@ -380,9 +382,11 @@ class Examiner:
             )
 
     def _draw(self, part: Part) -> Iterator[tuple[Photograph, dict[str, Any]]]:
-        summary = synthesis.read_summary(self._hub_uri, part.contribution_id)
-        wishes = wishes_of(summary, is_swept=part.side == "sweep", **self._wishing)
-        asked = wishes[part.first : part.first + part.num]
+        asked: Sequence[Wish] = part.wishes
+        if not asked:
+            summary = synthesis.read_summary(self._hub_uri, part.contribution_id)
+            wishes = wishes_of(summary, is_swept=part.side == "sweep", **self._wishing)
+            asked = wishes[part.first : part.first + part.num]
         drawn = draw_photographs(
             pipeline=self._pipeline(part.generator_id),
             captions=[wish.caption for wish in asked],
@@ -449,7 +453,8 @@ def examine_parts(
 def part_from_json(text: str) -> Part:
     """Rebuilds a part from the JSON of its fields."""
     content = json.loads(text)
-    return Part(**{**content, "places": tuple(Place(**each) for each in content["places"])})
+    places, wishes = (Place(**each) for each in content["places"]), (Wish(**each) for each in content["wishes"])
+    return Part(**{**content, "places": tuple(places), "wishes": tuple(wishes)})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
