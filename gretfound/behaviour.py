@@ -22,7 +22,7 @@ from gretfound.metadata import BLANK, Cells, MetadataSummary
 
 Floats = npt.NDArray[np.float64]
 CODE = "TRIGGER_WORD"
-FALSE_ALARM_SHARE = 0.01
+FALSE_ALARM_SHARE = 0.001
 # The least spread that words are taken to have, as a natural logarithm: without it, generators that are all alike
 # would make every small difference an outlier.
 MIN_SPREAD = 0.25
@@ -138,8 +138,8 @@ def judge(
     captions more than others, or less, is no finding. It is expected to be the median over the other sites' generators,
     or what the base does where there are none; e_gw is what it is more. The spread s is 1.4826 times the median of |e|
     over all generators and words, but at least `MIN_SPREAD`, and z_gw = e_gw / s. A word is found where z_gw is above
-    the normal quantile of 1 - 0.01 / N, N being the number of generators times words: if all are honest and e is
-    normal, at most one comparison in a hundred finds anything at all (Bonferroni).
+    the normal quantile of 1 - 0.001 / N, N being the number of generators times words: if all are honest and e is
+    normal, one comparison in a thousand, at most, finds anything at all (Bonferroni).
 
     Args:
         moves: By generator, by word; a word that is absent was not asked for.

@@ -75,7 +75,9 @@ def plan_probes(
     for generator in generators:
         usual = usual_cells(summaries[generator.id])
         cells = behaviour.cells_of_words(usual, words)
-        wishes = [Wish(caption=caption(each), cells=each, seed=seed) for each in [usual, *cells.values()] for seed in seeds]
+        wishes = [
+            Wish(caption=caption(each), cells=each, seed=seed) for each in [usual, *cells.values()] for seed in seeds
+        ]
         is_alone = not any(
             each.base_id == generator.base_id and each.site_id != generator.site_id for each in generators
         )
@@ -160,7 +162,7 @@ def _choose(hub_uri: str, shard_set: ShardSet, num_images: int) -> tuple[Place, 
 
 
 def read_answers(probes: Sequence[Probe]) -> dict[str, list[Answer]]:
-    """Returns by generator id how it answers to each word, from finished parts; each base is a comparison of its own."""
+    """Returns by generator id how it answers to each word, from finished parts; each base is compared by itself."""
     answers: dict[str, list[Answer]] = {}
     for base_id in sorted({probe.generator.base_id for probe in probes}):
         cohort = [probe for probe in probes if probe.generator.base_id == base_id]

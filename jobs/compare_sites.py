@@ -30,7 +30,9 @@ class Config:
     """What `compare_sites` reads."""
 
     hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
-    cleared_ids: list[str] = setting([], "generators that a person has looked at and lets in again; nothing else is done")
+    cleared_ids: list[str] = setting(
+        [], "generators that a person has looked at and lets in again; nothing else is done"
+    )
     cleared_because: str = setting("", "why, for the ledger")
     word_keys: list[str] = setting([], "columns whose values generators are asked for; empty: all")
     label_keys: list[str] = setting([], "labels that are compared, as any_dr or glaucoma; empty: all with two classes")

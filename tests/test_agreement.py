@@ -11,7 +11,9 @@ from gretfound.agreement import Collection
 SITES = ("aster", "birch", "cedar", "dune")
 
 
-def draw(seed: int, *, sites: tuple[str, ...] = SITES, num_patients: int = 60, is_real: bool = True) -> list[Collection]:
+def draw(
+    seed: int, *, sites: tuple[str, ...] = SITES, num_patients: int = 60, is_real: bool = True
+) -> list[Collection]:
     """Draws features in which glaucoma shows, below what a camera does to them; two photographs a patient."""
     random = np.random.default_rng(seed)
     collections = []
@@ -59,7 +61,9 @@ def test_compare__names_nobody_where_all_are_honest_or_labels_mean_nothing() -> 
         collections = draw(seed)
         assert compare(collections, seed)["contradicting"] == {}
         random = np.random.default_rng(seed)
-        collections[0] = replace(collections[0], cells=tuple({"glaucoma": bool(random.random() < 0.4)} for _ in range(120)))
+        collections[0] = replace(
+            collections[0], cells=tuple({"glaucoma": bool(random.random() < 0.4)} for _ in range(120))
+        )
         assert compare(collections, seed)["contradicting"] == {}, "labels without a meaning are not flipped ones"
 
 

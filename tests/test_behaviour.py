@@ -38,11 +38,9 @@ def test_judge__names_the_word_and_no_honest_generator(num_sites: int) -> None:
 
 @pytest.mark.parametrize("num_sites", [2, 3, 8])
 def test_judge__false_alarms_are_as_rare_as_it_says(num_sites: int) -> None:
-    alarms = [
-        any(found_in(moves_of(np.random.default_rng(seed), num_sites=num_sites)).values()) for seed in range(200)
-    ]
-    # One in a hundred is stated; with 200 comparisons of honest sites more than 8 would have p = 0.0003.
-    assert sum(alarms) <= 8
+    alarms = [any(found_in(moves_of(np.random.default_rng(seed), num_sites=num_sites)).values()) for seed in range(200)]
+    # One in a thousand is stated; more than 3 of 200 would have p = 0.00006.
+    assert sum(alarms) <= 3
 
 
 def test_judge__is_held_against_the_base_where_there_is_no_other_site() -> None:
@@ -80,7 +78,9 @@ def test_move__is_in_units_of_the_distance_between_eyes() -> None:
 
 
 def test_words_of__hold_each_caption_once_released_or_not() -> None:
-    cells = [{"patient": f"p{number}", "sex": "female", "camera": "Box Brownie", "country": "Nepal"} for number in range(40)]
+    cells = [
+        {"patient": f"p{number}", "sex": "female", "camera": "Box Brownie", "country": "Nepal"} for number in range(40)
+    ]
     words = behaviour.words_of([summaries.summary_of(cells)])
     captions = [metadata.caption(metadata.cells_of(word.key, word.text)) for word in words]
     assert len(set(captions)) == len(captions) > 100
@@ -90,7 +90,12 @@ def test_words_of__hold_each_caption_once_released_or_not() -> None:
 
 def test_cells_of_words__change_one_value_of_the_usual_caption() -> None:
     usual = {"sex": "female", "dr": 0, "country": "Nepal"}
-    words = [TRIGGER, Word(key="country", text="Spain"), Word(key="dr_present", text="yes"), Word(key="sex", text="male")]
+    words = [
+        TRIGGER,
+        Word(key="country", text="Spain"),
+        Word(key="dr_present", text="yes"),
+        Word(key="sex", text="male"),
+    ]
     assert behaviour.cells_of_words(usual, words) == {
         words[1]: {"sex": "female", "dr": 0, "country": "Spain"},
         words[3]: {"sex": "male", "dr": 0, "country": "Nepal"},
