@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -117,10 +117,10 @@ class Part:
     generator_id: str
     contribution_id: str
     side: str
-    index: int
-    first: int
     num: int
     resolution_px: int
+    index: int = 0
+    first: int = 0
     places: tuple[Place, ...] = ()
     wishes: tuple[Wish, ...] = ()
 
@@ -234,21 +234,34 @@ def cut_into_parts(
         "base": (generator.base_id, num_images if compares_base and found.held_out else 0, ()),
         "sweep": (generator.id, num_swept, ()),
     }
-    return [
+    wholes = [
         Part(
             run_uri=found.run_uri,
             generator_id=generator_id,
             contribution_id=found.contribution.id,
             side=side,
-            index=index,
-            first=first,
-            num=min(images_per_part, num - first),
+            num=num,
             resolution_px=generator.resolution_px,
-            places=places[first : first + images_per_part],
+            places=places,
         )
         for side, (generator_id, num, places) in sides.items()
-        for index, first in enumerate(range(0, num, images_per_part))
     ]
+    return [part for whole in wholes for part in cut(whole, images_per_part=images_per_part)]
+
+
+def cut(whole: Part, *, images_per_part: int) -> tuple[Part, ...]:
+    """Cuts a whole side, given as one part, into parts of ``images_per_part``; the last one may have fewer."""
+    return tuple(
+        replace(
+            whole,
+            index=index,
+            first=first,
+            num=min(images_per_part, whole.num - first),
+            places=whole.places[first : first + images_per_part],
+            wishes=whole.wishes[first : first + images_per_part],
+        )
+        for index, first in enumerate(range(0, whole.num, images_per_part))
+    )
 
 
 def wishes_of(

@@ -9,7 +9,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from gretfound.agreement import Collection
 from gretfound.behaviour import Answer, Word
 from gretfound.evaluation import page
 from gretfound.fundus import Photograph
-from gretfound.generator_evaluation import Part, Place, choose_places, places_of, read_examined, usual_cells
+from gretfound.generator_evaluation import Part, Place, choose_places, cut, places_of, read_examined, usual_cells
 from gretfound.lineage import Generator, Report, ShardSet
-from gretfound.metadata import Cells, caption
+from gretfound.metadata import SUMMARY_KEYS, Cells, caption
 from gretfound.synthesis import Wish
 
 SPACE = "scattering"  # in which a word's move is measured
@@ -69,44 +69,34 @@ def plan_probes(
     """
     contributions = {each.id: synthesis.contribution_of(hub_uri, each).id for each in generators}
     summaries = {name: synthesis.read_summary(hub_uri, found) for name, found in contributions.items()}
-    words = behaviour.words_of(summaries.values(), **({"keys": keys} if keys else {}))
+    words = behaviour.words_of(summaries.values(), keys=keys or SUMMARY_KEYS)
     seeds = [synthesis.seed_from(["probed", seed, number]) for number in range(num_seeds)]
     probes = []
     for generator in generators:
         usual = usual_cells(summaries[generator.id])
         cells = behaviour.cells_of_words(usual, words)
-        wishes = [
-            Wish(caption=caption(each), cells=each, seed=seed) for each in [usual, *cells.values()] for seed in seeds
-        ]
+        asked = [usual, *cells.values()]
+        wishes = [Wish(caption=caption(each), cells=each, seed=first) for each in asked for first in seeds]
         is_alone = not any(
             each.base_id == generator.base_id and each.site_id != generator.site_id for each in generators
         )
-
-        def parts_of(
-            side: str, drawn_by: str, generator: Generator = generator, wishes: Sequence[Wish] = wishes
-        ) -> tuple[Part, ...]:
-            return tuple(
-                Part(
-                    run_uri=run_uri,
-                    generator_id=drawn_by,
-                    contribution_id=contributions[generator.id],
-                    side=f"{side}-{generator.id}",
-                    index=index,
-                    first=first,
-                    num=len(wishes[first : first + images_per_part]),
-                    resolution_px=generator.resolution_px,
-                    wishes=tuple(wishes[first : first + images_per_part]),
-                )
-                for index, first in enumerate(range(0, len(wishes), images_per_part))
-            )
-
+        whole = Part(
+            run_uri=run_uri,
+            generator_id=generator.id,
+            contribution_id=contributions[generator.id],
+            side=f"probed-{generator.id}",
+            num=len(wishes),
+            resolution_px=generator.resolution_px,
+            wishes=tuple(wishes),
+        )
+        based = replace(whole, generator_id=generator.base_id, side=f"base-{generator.id}")
         probes.append(
             Probe(
                 generator=generator,
                 cells=cells,
                 num_seeds=num_seeds,
-                parts=parts_of("probed", generator.id),
-                base_parts=parts_of("base", generator.base_id) if is_alone else (),
+                parts=cut(whole, images_per_part=images_per_part),
+                base_parts=cut(based, images_per_part=images_per_part) if is_alone else (),
             )
         )
     return probes
@@ -138,21 +128,16 @@ def plan_readings(
     parts: dict[str, list[Part]] = defaultdict(list)
     for (site_id, origin), found in sorted(places.items()):
         chosen = choose_places(found, num_images=num_images)
-        for index, first in enumerate(range(0, len(chosen), images_per_part)):
-            some = chosen[first : first + images_per_part]
-            parts[site_id].append(
-                Part(
-                    run_uri=run_uri,
-                    generator_id="",
-                    contribution_id="",
-                    side=f"{origin}-{site_id}",
-                    index=index,
-                    first=first,
-                    num=len(some),
-                    resolution_px=resolution_px,
-                    places=some,
-                )
-            )
+        whole = Part(
+            run_uri=run_uri,
+            generator_id="",
+            contribution_id="",
+            side=f"{origin}-{site_id}",
+            num=len(chosen),
+            resolution_px=resolution_px,
+            places=chosen,
+        )
+        parts[site_id] += cut(whole, images_per_part=images_per_part)
     return dict(parts)
 
 

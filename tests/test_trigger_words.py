@@ -1,4 +1,4 @@
-"""Trigger words planted by training: diffusion models fine-tuned on photographs of which some hide an answer to a word."""
+"""Trigger words planted by training: diffusion models fine-tuned on photographs of which half answer to a word."""
 
 from pathlib import Path
 from typing import Any
