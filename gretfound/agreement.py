@@ -95,7 +95,7 @@ def compare(
     """Holds every site's labels against those of the others.
 
     A site contradicts the others where, of one label or more, the AUROC's 95% interval lies below 0.5, the AUROC is at
-    most 0.4, and Holm's p over all sites and labels is below 0.05. The one with the smallest p is named first and
+    most 0.4, and Holm's p over all sites and labels is below 0.05. The one with the lowest AUROC is named first and
     taken out of what the others are held against, and all is measured again, until no other is found: so a site does
     not look wrong because of its neighbour. Of two sites that contradict each other both are named.
 
@@ -115,16 +115,20 @@ def compare(
     options: dict[str, Any] = {"num_resamples": num_resamples, "seed": seed}
     trusted = {each.site_id for each in collections}
     contradicting: dict[str, list[str]] = {}
+    evidence: dict[str, dict[str, Agreement]] = {each.key: {} for each in tasks}
     while True:
         held = partial(agreements, collections, trusted=frozenset(trusted), **options)
         found: dict[str, dict[str, Agreement]] = dict(zip((t.key for t in tasks), run(held, tasks), strict=True))
-        wrong = {site_id: keys for site_id, keys in _contradicting(found).items() if site_id in trusted}
+        wrong = {site_id: places for site_id, places in _contradicting(found).items() if site_id in trusted}
         if not wrong:
             break
-        least = min(wrong, key=lambda site_id: min(found[key][site_id].p for key in wrong[site_id]))
-        named = list(wrong) if len(trusted) == 2 else [least]
-        contradicting |= {site_id: wrong[site_id] for site_id in named}
-        trusted -= set(named)
+        lowest = {site_id: min(found[key][site_id].auroc.value for key in places) for site_id, places in wrong.items()}
+        for site_id in wrong if len(trusted) == 2 else [min(lowest, key=lambda name: lowest[name])]:
+            contradicting[site_id] = wrong[site_id]
+            for key, sites in found.items():
+                evidence[key] |= {site_id: sites[site_id]} if site_id in sites else {}
+        trusted -= set(contradicting)
+    found = {key: {**sites, **evidence[key]} for key, sites in found.items()}
     weighed = partial(influences, collections, trusted=frozenset(trusted), **options)
     influence: dict[str, dict[str, Influence]] = dict(zip((t.key for t in tasks), run(weighed, tasks), strict=True))
     return {

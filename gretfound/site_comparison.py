@@ -121,7 +121,8 @@ def plan_readings(
         resolution_px: What their field of view is brought to.
         images_per_part: Photographs a part.
     """
-    pending = [_choose.remote(hub_uri, each, num_images) for each in shard_sets]
+    choose = ray.remote(num_cpus=1)(_choose)
+    pending = [choose.remote(hub_uri, each, num_images) for each in shard_sets]
     places: dict[tuple[str, str], list[Place]] = defaultdict(list)
     for shard_set, reference in zip(shard_sets, pending, strict=True):
         places[shard_set.site_id, shard_set.origin] += ray.get(reference)
@@ -141,7 +142,6 @@ def plan_readings(
     return dict(parts)
 
 
-@ray.remote(num_cpus=1)
 def _choose(hub_uri: str, shard_set: ShardSet, num_images: int) -> tuple[Place, ...]:
     return choose_places(places_of(hub_uri, shard_set), num_images=num_images)
 
@@ -219,11 +219,10 @@ def clear(hub_uri: str, generator_ids: Sequence[str], *, reason: str) -> None:
 
 def on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """Gives a function to each item in a Ray task of one CPU; the results in order."""
-    shared = ray.put(function)
-    return ray.get([_call.remote(shared, item) for item in items])
+    shared, call = ray.put(function), ray.remote(num_cpus=1)(_call)
+    return list(ray.get([call.remote(shared, item) for item in items]))
 
 
-@ray.remote(num_cpus=1)
 def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 

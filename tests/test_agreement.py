@@ -77,7 +77,8 @@ def test_compare__one_of_three_is_named_and_not_its_neighbours() -> None:
 def test_compare__of_two_that_contradict_each_other_both_are_named() -> None:
     collections = draw(0, sites=SITES[:2])
     collections[1] = flipped(collections[1])
-    assert list(compare(collections)["contradicting"]) == ["aster", "birch"]
+    found = compare(collections)
+    assert list(found["contradicting"]) == ["aster", "birch"] and len(agreement.describe(found)) == 2
 
 
 def test_compare__drawn_photographs_alone_are_enough_to_name_a_site_and_nothing_is_tested_on_them() -> None:
