@@ -274,7 +274,7 @@ def _has_classes(site: _Labelled) -> bool:
 def _scores(sites: Sequence[_Labelled], feature_ND: Features, seed: int) -> metrics.Floats:
     """Scores photographs by the house probe, fitted on sites whose patients are different people."""
     starts = np.cumsum([0, *(int(each.patients.max()) + 1 for each in sites[:-1])])
-    return probe.linear_scores(
+    score_NC: metrics.Floats = probe.linear_scores(
         np.concatenate([each.features for each in sites]),
         np.concatenate([each.labels for each in sites]),
         np.concatenate([each.patients + start for each, start in zip(sites, starts, strict=True)]),
@@ -282,6 +282,7 @@ def _scores(sites: Sequence[_Labelled], feature_ND: Features, seed: int) -> metr
         num_classes=2,
         seed=seed,
     )
+    return score_NC
 
 
 def _contradicting(found: Mapping[str, Mapping[str, Agreement]]) -> dict[str, list[str]]:
