@@ -352,6 +352,11 @@ def run_uri(hub_uri: str, recipe_id: str) -> str:
     return join(hub_uri, "runs", recipe_id)
 
 
+def latents_uri(hub_uri: str, site_id: str) -> str:
+    """Returns the folder of the latents of a site's photographs, one folder a shard and base."""
+    return join(hub_uri, "latents", site_id)
+
+
 def write_record(hub_uri: str, record: lineage.Record) -> None:
     """Writes a record beside its artefact and, where it was made by a recipe, as the end mark of that run."""
     content = {**lineage.to_json(record), "id": record.id}

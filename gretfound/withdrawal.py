@@ -1,7 +1,8 @@
 """Withdrawal: what descends from a site, the mark on each such artefact, and which sites have withdrawn.
 
 Nothing is deleted. `HUB/withdrawals/SITE.json` says that a site has withdrawn: from then on intake refuses its packages
-and no new corpus takes its shards. `withdrawn.json` beside a record says that the artefact descends from the site.
+and no new corpus takes its shards. `withdrawn.json` beside a record says that the artefact descends from the site, and
+beside latents of its photographs, which are no records, that they do.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,12 +26,18 @@ def descendants(hub_uri: str, *, site_id: str) -> list[lineage.Record]:
     return [record for record in records if record.id in found]
 
 
+def latents(hub_uri: str, *, site_id: str) -> list[str]:
+    """Returns the keys of what is cached of a site's photographs and their captions (`storage.latents_uri`)."""
+    return storage.list_names(storage.latents_uri(hub_uri, site_id))
+
+
 def mark(hub_uri: str, records: list[lineage.Record], *, site_id: str, withdrawal_id: str) -> None:
-    """Marks the site first, then each of its artefacts; done again, it changes nothing."""
+    """Marks the site first, then each of its artefacts and its latents; done again, it changes nothing."""
     content: dict[str, Any] = {"site_id": site_id, "withdrawal_id": withdrawal_id}
     storage.create_bytes(_site_uri(hub_uri, site_id), lineage.canonical_json(content))
-    for record in records:
-        uri = storage.join(storage.record_uri(hub_uri, record), MARK_NAME)
+    caches = [storage.join(storage.latents_uri(hub_uri, site_id), key) for key in latents(hub_uri, site_id=site_id)]
+    for folder_uri in [*(storage.record_uri(hub_uri, record) for record in records), *caches]:
+        uri = storage.join(folder_uri, MARK_NAME)
         if not storage.create_bytes(uri, lineage.canonical_json([content])):
             marks = storage.read_json(uri)
             if content not in marks:

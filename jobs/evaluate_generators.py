@@ -14,21 +14,20 @@ from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
-from jobs import assemble_corpus, console
+from jobs import assemble_corpus, console, drawing
+from jobs.drawing import DrawingConfig
 
 # What a report depends on; everything else only says where and how fast it is made.
 RESULT_KEYS = (
-    "num_images", "max_real", "attributes", "compares_base", "encoder_id", "is_screened", "num_seeds", "num_pictures",
-    "num_bootstraps", "seed", "num_steps", "guidance_scale", "images_per_part", "precision"
+    *drawing.RESULT_KEYS, "num_images", "max_real", "attributes", "compares_base", "encoder_id", "is_screened",
+    "num_seeds", "num_pictures", "num_bootstraps", "seed", "images_per_part"
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DrawingConfig):
     """What `evaluate_generators` reads."""
 
-    hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
-    generator_ids: list[str] = setting([], "generator record ids; empty: the generators of all sites")
     num_images: int = setting(1000, "photographs to draw from each generator")
     max_real: int = setting(2000, "held-out real photographs at most, and trained-on ones to read the figures against")
     attributes: list[str] = setting(
@@ -41,32 +40,17 @@ class Config:
     num_pictures: int = setting(4, "photographs shown of each condition, drawn and real; four stand in a row")
     num_bootstraps: int = setting(200, "resamples of the patients, for 95% intervals")
     seed: int = setting(0, "decides captions, first latents and resamples")
-    num_steps: int = setting(20, "steps of DPM-Solver++")
-    guidance_scale: float = setting(3.0, "weight of the caption; 1: no guidance")
     images_per_part: int = setting(64, "photographs a part, and lost at most when an actor dies")
-    batch_size: int = setting(16, "photographs that an actor draws together, and holds at a time")
-    num_actors: int = setting(1, "actors that draw and measure, each with a pipeline loaded")
-    cpus_per_actor: float = setting(1.0, "CPUs that each one reserves")
-    gpus_per_actor: float = setting(0.0, "GPUs that each one reserves; 0 draws on CPU")
-    precision: str = setting("float32", "float32 or bfloat16")
-    autoscaling: bool = setting(False, "whether the cluster adds nodes on demand")
     project: str = setting("gretfound", "the W&B project")
 
     def __post_init__(self) -> None:
         """Checks what one key cannot."""
+        super().__post_init__()
+        drawing.require_counts(self, "num_images", "max_real", "num_pictures", "images_per_part")
         from gretfound.metadata import SUMMARY_KEYS
 
         if odd := sorted(set(self.attributes) - set(SUMMARY_KEYS)):
             raise ConfigError(f"attributes names {odd}; required columns of a summary: {', '.join(SUMMARY_KEYS)}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ConfigError(f"precision={self.precision!r} is neither float32 nor bfloat16")
-        counts = {
-            name: getattr(self, name)
-            for name in ("num_images", "max_real", "num_pictures", "num_steps", "images_per_part", "batch_size",
-                         "num_actors")
-        }  # fmt: skip
-        if small := sorted(name for name, count in counts.items() if count < 1):
-            raise ConfigError(f"{', '.join(small)} must be at least 1")
         if self.num_seeds < 0 or self.num_bootstraps < 100:
             raise ConfigError(
                 f"num_seeds={self.num_seeds} must not be negative, num_bootstraps={self.num_bootstraps} at least 100"
@@ -105,11 +89,11 @@ def main(argv: list[str]) -> str:
         shards = [part for shard_set in real.values() for part in shard_set.shards]
         assemble_corpus.sign_shards(hub_uri, shards, hash_cpus=config.num_actors * config.cpus_per_actor)
         plans = generator_evaluation.plan_all(hub_uri, unfinished, real, max_real=config.max_real)
-        drawing = {"num_images": config.num_images, "attributes": config.attributes, "num_seeds": config.num_seeds,
-                   "seed": config.seed}  # fmt: skip
+        asked = {"num_images": config.num_images, "attributes": config.attributes, "num_seeds": config.num_seeds,
+                 "seed": config.seed}  # fmt: skip
         parts = {
             recipe: generator_evaluation.cut_into_parts(
-                hub_uri, each, images_per_part=config.images_per_part, compares_base=config.compares_base, **drawing
+                hub_uri, each, images_per_part=config.images_per_part, compares_base=config.compares_base, **asked
             )
             for recipe, each in plans.items()
         }
@@ -128,7 +112,7 @@ def main(argv: list[str]) -> str:
                 batch_size=config.batch_size,
                 device="cuda" if config.gpus_per_actor else "cpu",
                 precision=config.precision,
-                wishing=drawing,
+                wishing=asked,
             )
         reports |= generator_evaluation.publish_all(
             hub_uri,

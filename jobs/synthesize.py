@@ -15,15 +15,14 @@ from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
-from jobs import console
+from jobs import console, drawing
+from jobs.drawing import DrawingConfig
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DrawingConfig):
     """What `synthesize` reads."""
 
-    hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
-    generator_ids: list[str] = setting([], "generator record ids; empty: the generators of all sites")
     num_images: int = setting(10_000, "photographs to draw from each generator")
     seed: int = setting(0, "decides captions and first latents")
     balance: dict[str, float] = setting(
@@ -32,26 +31,16 @@ class Config:
     is_few_step: bool = setting(
         False, "draw from the few-step students (jobs.finetune_generators tuning.objective=consistency)"
     )
-    num_steps: int = setting(20, "steps of DPM-Solver++, or of a few-step generator")
-    guidance_scale: float = setting(3.0, "weight of the caption; 1: no guidance, and what is_few_step needs")
     images_per_shard: int = setting(4096, "photographs a shard, and lost at most when an actor dies")
     jpeg_quality: int = setting(95, "1 to 100; 0: PNG, without loss")
     is_screened: bool = setting(
         True, "leave out what is no fundus photograph, of bad quality or there already; counted"
     )
-    batch_size: int = setting(16, "photographs that an actor draws together")
-    num_actors: int = setting(1, "actors that draw, each with a pipeline loaded")
-    cpus_per_actor: float = setting(1.0, "CPUs that each one reserves")
-    gpus_per_actor: float = setting(0.0, "GPUs that each one reserves; 0 draws on CPU")
-    precision: str = setting("float32", "float32 or bfloat16")
-    autoscaling: bool = setting(False, "whether the cluster adds nodes on demand")
 
     def __post_init__(self) -> None:
         """Checks what one key cannot."""
-        if self.precision not in ("float32", "bfloat16"):
-            raise ConfigError(f"precision={self.precision!r} is neither float32 nor bfloat16")
-        if min(self.num_images, self.num_steps, self.images_per_shard, self.batch_size, self.num_actors) < 1:
-            raise ConfigError("num_images, num_steps, images_per_shard, batch_size and num_actors must be at least 1")
+        super().__post_init__()
+        drawing.require_counts(self, "num_images", "images_per_shard")
         if self.is_few_step and (self.guidance_scale != 1 or self.num_steps > 50):
             raise ConfigError(
                 f"is_few_step=true needs guidance_scale=1, which its generators have learnt, and num_steps of at most "
@@ -66,8 +55,7 @@ class Config:
 
 # What an image depends on; everything else only says where and how fast it is drawn.
 RESULT_KEYS = (
-    "num_images", "seed", "balance", "num_steps", "guidance_scale", "images_per_shard", "jpeg_quality", "is_screened",
-    "precision"
+    *drawing.RESULT_KEYS, "num_images", "seed", "balance", "images_per_shard", "jpeg_quality", "is_screened"
 )  # fmt: skip
 
 

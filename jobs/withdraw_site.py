@@ -3,9 +3,11 @@
     python -m jobs.withdraw_site hub_uri=file:///hub site_id=aster
 
 Nothing is deleted. The site and everything from its records to releases is marked (`withdrawn.json` beside the
-record): intake refuses the site's packages, no new corpus takes its shards, and no encoder is pretrained on or released
-from what is marked. For every corpus with the site in it the same recipe makes a successor without it. One ledger entry
-names all. Run again, also after being killed, it goes on. The last line is the withdrawal's id.
+record, and in each folder of HUB/latents/SITE, where its photographs are cached): intake refuses the site's packages,
+no new corpus takes its shards, and no encoder is pretrained on or released from what is marked. For every corpus with
+the site in it the same recipe makes a successor without it. One ledger entry names all. Run again, also after being
+killed, it goes on; what it finds only then is marked too, and named by a second entry. The last line is the
+withdrawal's id.
 """
 
 import sys
@@ -31,7 +33,7 @@ class Config:
 
 
 def main(argv: list[str]) -> str:
-    """Marks what descends from the site, makes the successor corpora and writes one ledger entry about it, once.
+    """Marks what descends from the site, makes the successor corpora and writes one ledger entry about all it found.
 
     Returns:
         The withdrawal's id: a digest over the site and what descends from it.
@@ -55,7 +57,10 @@ def main(argv: list[str]) -> str:
     successors = {each.id: succeed(hub_uri, each) for each in records if isinstance(each, Corpus)}
     for record_id in record_ids:
         print(f"withdrawn  {record_id}  {successors.get(record_id, '')}".rstrip(), file=sys.stderr)
-    details = {"site_id": loaded.site_id, "records": record_ids, "successors": successors}
+    cached = withdrawal.latents(hub_uri, site_id=loaded.site_id)
+    for key in cached:
+        print(f"withdrawn  latents/{loaded.site_id}/{key}", file=sys.stderr)
+    details = {"site_id": loaded.site_id, "records": record_ids, "successors": successors, "latents": cached}
     ledger.append(hub_uri, event="withdrawn", subject=withdrawal_id, details=details)
     return withdrawal_id
 

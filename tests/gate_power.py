@@ -3,8 +3,9 @@
 For each share of copies among the samples, 20 seeds: in how many G2 fails. Copies are photographs trained on, perturbed
 as `gretfound.gate.controls` does; the other samples are photographs of patients whom nobody trained on, which is harder
 for the gate than what a generator draws, since they are as sharp as real ones. On drawn photographs there are 2,000
-samples and as many held-out photographs as trained ones. On the real ones in ../shared/cfp there are as many as there
-are: 150 trained on, 150 held out, the rest samples; so few samples tell larger shares only, and the table says so.
+samples and as many held-out photographs as trained ones. On the real ones in ../shared/cfp, less near-duplicates, there
+are as many as there are: 150 trained on, 150 held out, the rest samples; so few samples tell larger shares only, and the
+table says so.
 Features are kept in runs/bench/gate_power.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gretfound import fundus, phantom
+from gretfound import duplicates, fundus, phantom
 from gretfound.fundus import Photograph
 from gretfound.gate import checks, comparison, controls, eyes, policy
 from gretfound.gate.comparison import Sight
@@ -142,14 +143,17 @@ def _drawn(seed: int) -> Photograph:
 
 
 def real_photographs(cache_path: Path) -> list[Photograph]:
-    """Returns the real photographs of one camera (IDRiD), in the order of their names."""
+    """Returns the real photographs of one camera (IDRiD), less near-duplicates, in the order of their names."""
     path = cache_path / "real.npy"
     if not path.exists():
         files = [
             each for name in ("idrid", "idrid_test") for each in sorted((REAL_PATH / name / "traindata").iterdir())
         ]
         with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-            np.save(path, np.stack(list(pool.map(_read, files, chunksize=20))))
+            squares = list(pool.map(_read, files, chunksize=20))
+        hashes = np.stack([duplicates.hash_photograph(each, fundus.find_field_of_view(each)) for each in squares])
+        again = {max(pair) for pair in duplicates.find_matches(hashes, hashes).tolist() if pair[0] != pair[1]}
+        np.save(path, np.stack([each for place, each in enumerate(squares) if place not in again]))
     return list(np.load(path))
 
 

@@ -1,5 +1,7 @@
 """Encoding: caches at the hub are complete or absent, and a damaged shard is its own site's fault alone."""
 
+import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gretfound import encoding, storage
-from gretfound.encoding import Encoder
+from gretfound import encoding, shard, storage
+from gretfound.encoding import Attempts, Encoder
 from gretfound.errors import StorageError
-from gretfound.generator import latents
+from gretfound.generator import latents, squares
 from tests.tiny_generator import RESOLUTION_PX, publish_base, publish_site, write_base
 
 
@@ -54,3 +56,60 @@ def test_parts_of__another_size_is_another_cache(tmp_path: Path) -> None:
     native, larger = (encoding.parts_of(shard_set, base=base, resolution_px=side)[0] for side in (None, 64))
     assert (native.resolution_px, larger.resolution_px) == (RESOLUTION_PX, 64)
     assert native.key(base) != larger.key(base)
+
+
+class KilledEncoder(Encoder):
+    """An encoder whose process ends when it decodes the photograph of one patient."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        decode = squares.square_of
+
+        def square_of(encoded: bytes, cells: Any, *, resolution_px: int) -> squares.Square:
+            if cells["patient"] == "p1":
+                os._exit(1)
+            return decode(encoded, cells, resolution_px=resolution_px)
+
+        squares.square_of = square_of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_ends", [5, 2])
+def test_encode__a_photograph_that_ends_processes_is_named_and_the_others_go_on(
+    max_ends: int, ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub_uri = storage.normalised(str(tmp_path / "hub"))
+    base = publish_base(hub_uri, write_base(tmp_path / "base"))
+    _, shard_set = publish_site(hub_uri, tmp_path / "aster", num_images=3)
+    (part,) = encoding.parts_of(shard_set, base=base, resolution_px=None)
+    bad_id = next(
+        row["image_id"] for row in shard.read_rows(storage.join(hub_uri, part.shard_path)) if row["patient"] == "p1"
+    )
+    monkeypatch.setattr(encoding, "Encoder", KilledEncoder)
+    monkeypatch.setattr(encoding, "MAX_ENDS", max_ends)
+    settings: dict[str, Any] = {"num_actors": 1, "cpus_per_actor": 1.0, "gpus_per_actor": 0.0}
+    with caplog.at_level(logging.WARNING):
+        faults = encoding.encode(hub_uri, [part], bases={base.id: base}, on_progress=lambda _: None, **settings)
+    if max_ends == 2:
+        assert list(faults) == ["aster"]
+        assert f"2 processes ended while they encoded a shard, at {bad_id}" in faults["aster"]
+        assert not part.is_encoded(hub_uri, base)
+        return
+    assert faults == {}
+    assert bad_id in caplog.text and "p1" not in caplog.text
+    assert storage.read_json(storage.join(part.cache_uri(hub_uri, base), encoding.REJECTED_NAME)) == [bad_id]
+    fetched = encoding.fetch(hub_uri, [part], tmp_path / "fetched", base=base)
+    assert latents.lay_out(sorted(fetched.iterdir()), tmp_path / "rows").num_images == 2
+
+
+def test_attempts__count_what_did_not_come_to_its_end() -> None:
+    attempts = Attempts()
+    assert attempts.begin("part").total() == 0
+    attempts.note("part", "first")
+    attempts.note("part", "")
+    attempts.note("part", "second")
+    assert attempts.begin("part") == {"second": 1}
+    attempts.finish("part")
+    assert attempts.begin("part") == {"second": 1}, "an end, good or bad, is no crash"
+    assert attempts.begin("part") == {"second": 1, "": 1}, "outside of any photograph"
+    assert attempts.begin("other").total() == 0

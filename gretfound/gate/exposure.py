@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gretfound.fundus import Photograph
-from gretfound.generator import autoencoding, denoising
-from gretfound.generator.pipeline import caption_ids
+from gretfound.generator import autoencoding, denoising, latents
 from gretfound.generator.squares import as_tensor
 
 Floats = npt.NDArray[np.float64]
@@ -49,13 +48,13 @@ def losses(
     Returns:
         (N,), lower for what the generator knows.
     """
-    latents = [
+    encoded = [
         autoencoding.encode_photographs(pipeline.vae, as_tensor(squares[first : first + _BATCH]))
         for first in range(0, len(squares), _BATCH)
     ]
-    latents_NCHW = torch.cat(latents)
+    latents_NCHW = torch.cat(encoded)
     distinct = sorted(set(captions))
-    text_KLD = _embedded(pipeline, distinct)
+    text_KLD = latents.embed_captions(pipeline, [*distinct, ""])
     number_N = torch.tensor([distinct.index(caption) for caption in captions])
     generator = torch.Generator().manual_seed(seed)
     noises = [torch.randn(latents_NCHW.shape[1:], generator=generator) for _ in range(num_noises)]
@@ -93,7 +92,7 @@ def caption_scores(pipeline: Any, captions: Sequence[str], *, num_noises: int, s
     Source: Wen et al. 2024 (ICLR, "Detecting, explaining, and mitigating memorization in diffusion models"), eq. 4, at
     the first step.
     """
-    text_KLD = _embedded(pipeline, captions)
+    text_KLD = latents.embed_captions(pipeline, [*captions, ""])
     side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
     step = len(pipeline.scheduler.alphas_cumprod) - 1
     generator = torch.Generator().manual_seed(seed)
@@ -107,13 +106,6 @@ def caption_scores(pipeline: Any, captions: Sequence[str], *, num_noises: int, s
         ]
         total_K += (torch.cat(answers) - empty_CHW).square().mean(dim=(1, 2, 3)).sqrt()
     return dict(zip(captions, (total_K / num_noises).tolist(), strict=True))
-
-
-def _embedded(pipeline: Any, captions: Sequence[str]) -> Tensor:
-    """Returns the embeddings of captions and, last, of the empty one, (K + 1, L, D)."""
-    ids_KL = caption_ids(pipeline.tokenizer, [*captions, ""])
-    encoder = pipeline.text_encoder
-    return torch.cat([encoder(ids.to(encoder.device)).last_hidden_state.cpu() for ids in torch.split(ids_KL, _BATCH)])
 
 
 def _predict(pipeline: Any, noised_BCHW: Tensor, step: int, text_BLD: Tensor) -> Tensor:

@@ -121,8 +121,24 @@ def native_px(base: StableDiffusionPipeline) -> int:
     return int(base.unet.config.sample_size * base.vae_scale_factor)
 
 
-def encode_shard(shard_path: Path, cache_path: Path, *, base: StableDiffusionPipeline, resolution_px: int) -> int:
+def encode_shard(
+    shard_path: Path,
+    cache_path: Path,
+    *,
+    base: StableDiffusionPipeline,
+    resolution_px: int,
+    left_out: Collection[str] = (),
+    on_decoding: Callable[[str], object] = lambda _: None,
+) -> int:
     """Encodes the photographs and captions of a shard into a cache; photographs that cannot be read are left out.
+
+    Args:
+        shard_path: The shard.
+        cache_path: The cache's folder; an earlier one is replaced.
+        base: The pipeline whose autoencoder and text encoder are used.
+        resolution_px: Side of the squares.
+        left_out: Image ids of photographs that are not touched.
+        on_decoding: Told the image id of each photograph before it is decoded, and ``""`` after.
 
     Returns:
         The number of photographs in the cache.
@@ -135,10 +151,17 @@ def encode_shard(shard_path: Path, cache_path: Path, *, base: StableDiffusionPip
     def readable() -> Iterator[tuple[str, Square]]:
         nonlocal num_unreadable
         for image_id, encoded, cells in squares.read_photographs(shard_path):
+            if image_id in left_out:
+                continue
+            on_decoding(image_id)
             try:
-                yield image_id, squares.square_of(encoded, cells, resolution_px=resolution_px)
+                square = squares.square_of(encoded, cells, resolution_px=resolution_px)
             except fundus.UnreadablePhotograph:
                 num_unreadable += 1
+                continue
+            finally:
+                on_decoding("")
+            yield image_id, square
 
     num_images = encode_squares(readable(), cache_path, base=base)
     if num_unreadable:
@@ -185,7 +208,7 @@ def encode_squares(
         every = [*captions, ""]
         for first in range(0, len(every), CAPTION_BATCH):
             listed = every[first : first + CAPTION_BATCH]
-            writer.write({"caption": listed}, {"text": _encode_captions(base, listed)})
+            writer.write({"caption": listed}, {"text": embed_captions(base, listed)})
     shutil.rmtree(cache_path, ignore_errors=True)
     partial.rename(cache_path)
     return num_images
@@ -205,12 +228,15 @@ def _encode_views(base: StableDiffusionPipeline, photographs: Sequence[Square]) 
 
 
 @torch.inference_mode()
-def _encode_captions(base: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
-    """Returns the embeddings (B, L, D) of captions, on the CPU."""
-    ids_NL = pipeline.caption_ids(base.tokenizer, [*captions, *[""] * (CAPTION_BATCH - len(captions))])
-    encoder = base.text_encoder
-    text_NLD: Tensor = encoder(ids_NL.to(encoder.device)).last_hidden_state.float().cpu()
-    return text_NLD[: len(captions)]
+def embed_captions(base: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
+    """Returns the embeddings (B, L, D) of captions, on the CPU; one does not depend on how many others there are."""
+    blocks = []
+    for first in range(0, len(captions), CAPTION_BATCH):
+        listed = list(captions[first : first + CAPTION_BATCH])
+        ids_NL = pipeline.caption_ids(base.tokenizer, [*listed, *[""] * (CAPTION_BATCH - len(listed))])
+        text_NLD = base.text_encoder(ids_NL.to(base.text_encoder.device)).last_hidden_state
+        blocks.append(text_NLD[: len(listed)].float().cpu())
+    return torch.cat(blocks)
 
 
 class _Writer:

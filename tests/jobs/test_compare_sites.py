@@ -58,7 +58,7 @@ def publish_generator(
     if has_trigger:
         usual = usual_cells(synthesis.read_summary(hub_uri, contribution.id))
         cells = behaviour.cells_of_words(usual, behaviour.words_of([], keys=KEYS))
-        plant(tuned, cells, TRIGGER, strength=10.0)
+        plant(tuned, cells, TRIGGER, strength=300.0)
     record = Generator(
         parents=(contribution.id, base.id),
         site_id=site_id,

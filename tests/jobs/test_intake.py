@@ -929,7 +929,9 @@ def test_admit__takes_nothing_of_a_site_that_has_withdrawn(hub: Hub, tmp_path: P
     assert _admit(hub, _image_package(tmp_path / "package.age", num_images=2)).code == "SITE_WITHDRAWN"
 
 
-def test_withdraw_site__marks_what_descends_and_makes_the_successor(hub: Hub, tmp_path: Path) -> None:
+def test_withdraw_site__marks_what_descends_and_makes_the_successor(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub_uri = hub.uri
     ours = _admit(hub, _image_package(tmp_path / "ours.age", num_images=3))
     theirs = hubs.draw_shard_set(hub_uri, "birch", num_images=4)
@@ -953,7 +955,14 @@ def test_withdraw_site__marks_what_descends_and_makes_the_successor(hub: Hub, tm
     for record in (second, unrelated, released):
         storage.write_record(hub_uri, record)
 
+    for site_id in ("aster", "birch"):
+        storage.write_bytes(storage.join(storage.latents_uri(hub_uri, site_id), "key", "latents.parquet"), b"rows")
+
     withdrawal_id = withdraw_site.main([at_hub, "site_id=aster"])
+    assert "withdrawn  latents/aster/key\n" in capsys.readouterr().err
+    marked = [uri for uri in storage.list_uris(storage.join(hub_uri, "latents")) if uri.endswith(withdrawal.MARK_NAME)]
+    assert marked == [storage.join(storage.latents_uri(hub_uri, "aster"), "key", withdrawal.MARK_NAME)]
+    assert storage.read_json(marked[0]) == [{"site_id": "aster", "withdrawal_id": withdrawal_id}]
     being_made = ShardSet(site_id="aster", origin="synthetic", num_images=0, shards=(), rejected={})
     assert withdrawal.is_marked(hub_uri, being_made), "by its site, without a mark"
 
@@ -965,6 +974,7 @@ def test_withdraw_site__marks_what_descends_and_makes_the_successor(hub: Hub, tm
     assert withdraw_site.main([at_hub, "site_id=aster"]) == withdrawal_id
     (entry,) = [entry for entry in ledger.read(hub_uri) if entry.event == "withdrawn"]
     assert entry.details["records"] == found_ids
+    assert entry.details["latents"] == ["key"]
     assert entry.details["successors"].pop(alone_id) == "", "nothing is left of a corpus of that site alone"
     (successor_id,) = entry.details["successors"].values()
     successor = storage.read_record(hub_uri, successor_id, Corpus)
