@@ -1,12 +1,11 @@
 """How well the privacy gate finds planted copies, as a table: `make gate-power`, or `python -m tests.gate_power`.
 
-For each share of copies among the samples, 20 seeds: in how many G2 fails. Copies are photographs trained on, perturbed
-as `gretfound.gate.controls` does; the other samples are photographs of patients whom nobody trained on, which is harder
-for the gate than what a generator draws, since they are as sharp as real ones. On drawn photographs there are 2,000
-samples and as many held-out photographs as trained ones. On the real ones in ../shared/cfp, less near-duplicates, there
-are as many as there are: 150 trained on, 150 held out, the rest samples; so few samples tell larger shares only, and the
-table says so.
-Features are kept in runs/bench/gate_power.
+For each share of copies among the samples, 20 seeds: in how many G2 fails. Copies are photographs trained on, changed
+as `gretfound.gate.controls` does; the other samples are photographs of patients whom nobody trained on, which is
+harder for the gate than what a generator draws, since they are as sharp as real ones. On drawn photographs there are
+2,000 samples and as many held-out photographs as trained ones. Of the real ones in ../shared/cfp, less near-
+duplicates, 150 are trained on, 150 are held out and the rest are samples; so few samples tell larger shares only, and
+the table says so. Features are kept in runs/bench/gate_power.
 """
 
 import json

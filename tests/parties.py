@@ -1,7 +1,8 @@
 """A real hub and its sites, with keys of their own, as tests of packages need them."""
 
 import functools
-from datetime import UTC, datetime
+import time
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from gretfound.keyring import Keyring
 from gretfound.roster import Roster
 from gretfound.sealing import Manifest, Package
 from jobs import roster as roster_job
+
+
+def today() -> date:
+    """Returns the date (UTC); within a minute of midnight it waits, so that what a test makes is of one day."""
+    if (datetime.now(UTC) + timedelta(minutes=1)).date() != datetime.now(UTC).date():
+        time.sleep(61)
+    return datetime.now(UTC).date()
 
 
 class Hub:
@@ -55,7 +63,7 @@ class Hub:
         identities = changes.pop("identities", self.identities)
         known: dict[str, Any] = {
             "own_recipients": strongbox.recipients_of(identities),
-            "today": datetime.now(UTC).date(),
+            "today": today(),
         }
         if "roster" not in changes:
             known["roster"] = self.roster
@@ -75,7 +83,7 @@ def draft(ring: Keyring, staging_path: Path, draft_path: Path, **changes: Any) -
         "base_sha256": "",
         "num_images": 3,
         "num_patients": None,
-        "label": keyring.label(ring, today=datetime.now(UTC).date()),
+        "label": keyring.label(ring, today=today()),
         "container_key": signing.read_private_key(ring.private_path("container")),
         "steward_public_key": keyring.approval_of(ring, "steward").public_key,
     }
@@ -86,7 +94,7 @@ def seal(ring: Keyring, staging_path: Path, package_path: Path, **changes: Any) 
     """Writes a folder as a sealed package, the next of its keyring."""
     draft_path = package_path.with_suffix(".draft")
     draft(ring, staging_path, draft_path, **changes)
-    return keyring.seal(ring, draft_path, package_path, today=datetime.now(UTC).date())
+    return keyring.seal(ring, draft_path, package_path, today=today())
 
 
 def write_gate_report(staging_path: Path, *, policy_name: str = "standard", **changes: Any) -> None:

@@ -73,8 +73,7 @@ class KilledEncoder(Encoder):
         squares.square_of = square_of
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("max_ends", [5, 2])
+@pytest.mark.parametrize("max_ends", [pytest.param(5, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.slow)])
 def test_encode__a_photograph_that_ends_processes_is_named_and_the_others_go_on(
     max_ends: int, ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

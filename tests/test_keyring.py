@@ -1,6 +1,5 @@
 """A site's keyring: packages in their turn, whatever is interrupted, and keys that change."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,6 @@ from gretfound.errors import ConfigError
 from gretfound.keyring import Keyring
 from tests import parties
 from tests.test_sealing import write_staging
-
-TODAY = datetime.now(UTC).date()
 
 
 @pytest.fixture
@@ -24,19 +21,19 @@ def test_seal__goes_on_after_being_killed_between_any_two_steps(ring: Keyring, t
     draft_path, package_path = tmp_path / "aster.tar", tmp_path / "aster.age"
     drafted = parties.draft(ring, tmp_path / "staging", draft_path)
     content = draft_path.read_bytes()
-    package = keyring.seal(ring, draft_path, package_path, today=TODAY)
+    package = keyring.seal(ring, draft_path, package_path, today=parties.today())
     assert not draft_path.exists() and keyring.find(ring.folder_path, package_path) == package
     assert package.manifest == drafted.manifest
 
     package_path.rename(tmp_path / ".aster.age.sealed")  # killed before the package got its name
     draft_path.write_bytes(content)
-    assert keyring.seal(ring, draft_path, package_path, today=TODAY).sha256 == package.sha256
-    assert keyring.label(ring, today=TODAY).sequence == 2
+    assert keyring.seal(ring, draft_path, package_path, today=parties.today()).sha256 == package.sha256
+    assert keyring.label(ring, today=parties.today()).sequence == 2
 
     (tmp_path / ".aster.age.sealed").write_bytes(b"half of it")  # killed before it was remembered
     package_path.unlink()
     draft_path.write_bytes(content)
-    again = keyring.seal(ring, draft_path, package_path, today=TODAY)
+    again = keyring.seal(ring, draft_path, package_path, today=parties.today())
     assert (again.manifest.sequence, again.manifest.previous_sha256) == (2, package.sha256)
     assert {path.name for path in tmp_path.iterdir()} == {"aster", "aster.age", "hub", "hub.keys", "staging"}
 
@@ -57,14 +54,14 @@ def test_seal__an_interrupted_package_keeps_its_number_when_another_is_sealed(
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", killed)
-        keyring.seal(ring, first, tmp_path / "out" / "first.age", today=TODAY)
+        keyring.seal(ring, first, tmp_path / "out" / "first.age", today=parties.today())
     assert not (tmp_path / "out" / "first.age").exists()
 
     (tmp_path / "out").rename(tmp_path / "unplugged")
     with pytest.raises(ConfigError, match="its folder is not there now"):
-        keyring.seal(ring, second, tmp_path / "second.age", today=TODAY)
+        keyring.seal(ring, second, tmp_path / "second.age", today=parties.today())
     (tmp_path / "unplugged").rename(tmp_path / "out")
-    package = keyring.seal(ring, second, tmp_path / "second.age", today=TODAY)
+    package = keyring.seal(ring, second, tmp_path / "second.age", today=parties.today())
     found = keyring.find(ring.folder_path, tmp_path / "out" / "first.age")
     assert found is not None and found.manifest.sequence == 1
     assert (package.manifest.sequence, package.manifest.previous_sha256) == (2, found.sha256)
@@ -80,13 +77,13 @@ def test_seal__two_at_the_same_time_get_no_common_number(
 
     def overtaken(*arguments, **terms):
         monkeypatch.setattr(sealing, "seal", original)
-        keyring.seal(ring, second, tmp_path / "2.age", today=TODAY)
+        keyring.seal(ring, second, tmp_path / "2.age", today=parties.today())
         return original(*arguments, **terms)
 
     monkeypatch.setattr(sealing, "seal", overtaken)
     with pytest.raises(ConfigError, match="at the same time"):
-        keyring.seal(ring, first, tmp_path / "1.age", today=TODAY)
-    assert keyring.seal(ring, first, tmp_path / "1.age", today=TODAY).manifest.sequence == 2
+        keyring.seal(ring, first, tmp_path / "1.age", today=parties.today())
+    assert keyring.seal(ring, first, tmp_path / "1.age", today=parties.today()).manifest.sequence == 2
 
 
 def test_read__says_what_is_missing(tmp_path: Path) -> None:
@@ -97,7 +94,7 @@ def test_read__says_what_is_missing(tmp_path: Path) -> None:
         keyring.read(tmp_path / "aster", "aster")
     (tmp_path / "aster" / "hub.json").write_text("{}")
     with pytest.raises(ConfigError, match="no hub's card"):
-        keyring.label(keyring.read(tmp_path / "aster", "aster"), today=TODAY)
+        keyring.label(keyring.read(tmp_path / "aster", "aster"), today=parties.today())
 
 
 def test_make__keeps_what_is_there(ring: Keyring) -> None:
@@ -112,8 +109,10 @@ def test_make__a_key_that_is_kept_elsewhere_is_not_made_anew(ring: Keyring, tmp_
     assert not ring.private_path("steward").exists() and not keyring.is_steward_ready(ring)
     drafted = parties.draft(ring, tmp_path / "staging", tmp_path / "aster.tar")
     with pytest.raises(ConfigError, match="cannot be read"):
-        keyring.seal(ring, drafted.path, tmp_path / "aster.age", today=TODAY)
-    package = keyring.seal(ring, drafted.path, tmp_path / "aster.age", today=TODAY, steward_path=tmp_path / "stick.pem")
+        keyring.seal(ring, drafted.path, tmp_path / "aster.age", today=parties.today())
+    package = keyring.seal(
+        ring, drafted.path, tmp_path / "aster.age", today=parties.today(), steward_path=tmp_path / "stick.pem"
+    )
     assert package.manifest.sequence == 1
 
 

@@ -1,7 +1,7 @@
 """The roster of sites: several people sign, nothing goes back, what is revoked stays so, and it expires."""
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,6 @@ from jobs import ledger
 from jobs import roster as job
 from tests import parties
 from tests.parties import Hub
-
-TODAY = datetime.now(UTC).date()
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def _versions(hub: Hub, folder_path: Path) -> list[bytes]:
 
 def _following(hub: Hub, **changes: object) -> Roster:
     current, content = roster.read_current(hub.uri, anchor=_anchor(hub))
-    return roster.following(current.model_copy(update=changes), content, today=TODAY)
+    return roster.following(current.model_copy(update=changes), content, today=parties.today())
 
 
 def test_init__makes_keys_for_their_owner_alone_and_is_harmless_again(hub: Hub) -> None:
@@ -101,7 +99,7 @@ def test_verify_chain__a_version_follows_the_very_one_before_it(hub: Hub, tmp_pa
     (one,) = _versions(hub, tmp_path)
     following = _following(hub)
     two, fork = (roster.sign(following, signers) for signers in (keys[:2], keys[1:]))
-    three = roster.sign(roster.following(following, two, today=TODAY), keys)
+    three = roster.sign(roster.following(following, two, today=parties.today()), keys)
     assert roster.verify_chain([one, two, three], anchor=_anchor(hub)).version == 3
     renumbered = roster.sign(following.model_copy(update={"version": 5}), keys)
     for wrong in ([one, fork, three], [one, renumbered]):

@@ -11,7 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from tests import parties
 from tests.conftest import ROOT
 from tests.parties import Hub
 
-TODAY = datetime.now(UTC).date()
 Content = dict[str, Any]
 
 
@@ -192,7 +191,7 @@ def test_unpack__verifies_without_writing(known: Known, tmp_path: Path) -> None:
 
 
 def test_seal__holds_a_deterministic_tar_that_any_tool_reads(known: Known, tmp_path: Path) -> None:
-    label = sealing.Label(sequence=1, previous_sha256="", recipients=known.roster.recipients, created=TODAY)
+    label = sealing.Label(sequence=1, previous_sha256="", recipients=known.roster.recipients, created=parties.today())
     drafts = [parties.draft(known.ring, known.staging, tmp_path / name, label=label) for name in ("one.tar", "two.tar")]
     assert drafts[0].path.read_bytes() == drafts[1].path.read_bytes()
     assert [each.name for each, _ in known.members] == sorted(each.name for each, _ in known.members)
@@ -210,12 +209,12 @@ def test_seal__refuses_a_draft_that_was_changed_or_is_another_sites(known: Known
     drafted = parties.draft(known.ring, known.staging, tmp_path / "aster.tar")
     assert drafted.num_signatures == 1
     with pytest.raises(ConfigError, match="other keys"):
-        keyring.seal(known.other_ring, drafted.path, tmp_path / "birch.age", today=TODAY)
+        keyring.seal(known.other_ring, drafted.path, tmp_path / "birch.age", today=parties.today())
     content = bytearray(drafted.path.read_bytes())
     content[-1200] ^= 1
     drafted.path.write_bytes(content)
     with pytest.raises(ContributionRejected):
-        keyring.seal(known.ring, drafted.path, tmp_path / "aster.age", today=TODAY)
+        keyring.seal(known.ring, drafted.path, tmp_path / "aster.age", today=parties.today())
     assert {path.name for path in tmp_path.iterdir()} == {"aster.tar"}
 
 
@@ -372,7 +371,7 @@ def test_unpack__refuses_a_sparse_terabyte_and_a_hundred_thousand_members_at_onc
         (lambda manifest: manifest.update(num_images=3.5), "BAD_MANIFEST"),
         (lambda manifest: manifest.update(sequence=0), "BAD_MANIFEST"),
         (lambda manifest: manifest.update(sequence=2), "BAD_MANIFEST"),
-        (lambda manifest: manifest.update(expires=str(TODAY + timedelta(days=91))), "BAD_MANIFEST"),
+        (lambda manifest: manifest.update(expires=str(parties.today() + timedelta(days=91))), "BAD_MANIFEST"),
         (lambda manifest: manifest.update(encrypted_to=["age1me", "age1you"]), "BAD_MANIFEST"),
         (lambda manifest: manifest["approvals"].reverse(), "BAD_MANIFEST"),
         (lambda manifest: manifest["files"][0].update(sha256="0" * 64), "DIGEST_MISMATCH"),
@@ -385,10 +384,10 @@ def test_unpack__refuses_a_sparse_terabyte_and_a_hundred_thousand_members_at_onc
         (lambda manifest: manifest["files"].pop(), "MISSING_MEMBER"),
         (lambda manifest: manifest["files"].reverse(), "OUT_OF_ORDER"),
         (lambda manifest: manifest["files"].insert(0, manifest["files"][0]), "OUT_OF_ORDER"),
-        (lambda manifest: manifest.update(created=str(TODAY + timedelta(days=2))), "PACKAGE_EXPIRED"),
+        (lambda manifest: manifest.update(created=str(parties.today() + timedelta(days=2))), "PACKAGE_EXPIRED"),
         (
             lambda manifest: manifest.update(
-                created=str(TODAY - timedelta(days=9)), expires=str(TODAY - timedelta(days=1))
+                created=str(parties.today() - timedelta(days=9)), expires=str(parties.today() - timedelta(days=1))
             ),
             "PACKAGE_EXPIRED",
         ),
@@ -521,10 +520,14 @@ def test_unpack__requires_a_roster_in_force_and_keys_that_are_valid(tmp_path: Pa
         return caught.value.code
 
     hub.open(package.path, None)
-    assert code_of(today=TODAY + timedelta(days=91)) == "ROSTER_EXPIRED"
+    assert code_of(today=parties.today() + timedelta(days=91)) == "ROSTER_EXPIRED"
     site = hub.roster.sites[0]
     old = site.model_copy(
-        update={"keys": tuple(key.model_copy(update={"valid_until": TODAY - timedelta(days=1)}) for key in site.keys)}
+        update={
+            "keys": tuple(
+                key.model_copy(update={"valid_until": parties.today() - timedelta(days=1)}) for key in site.keys
+            )
+        }
     )
     assert code_of(roster=hub.roster.model_copy(update={"sites": (old,)})) == "KEY_EXPIRED"
     hub.change_roster("suspend", "site_id=aster")

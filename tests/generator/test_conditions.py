@@ -26,9 +26,8 @@ def test_drawn_photographs__follow_their_captions(tmp_path: Path) -> None:
 def test_agreement__chance_is_that_of_a_grader_that_does_not_look() -> None:
     place = np.arange(4000)
     asked = place % 10 < 7
-    blind = conditions.agreement(
-        "any", np.ones(1, bool), asked, place // 10 % 10 < 6
-    )  # knows nothing of what was asked
+    said = place // 10 % 10 < 6  # each answer as often whatever was asked for
+    blind = conditions.agreement("any", np.ones(1, bool), asked, said)
     assert blind.agreement == pytest.approx(blind.chance) == pytest.approx(0.7 * 0.6 + 0.3 * 0.4)
     assert blind.low < blind.chance < blind.high
     seeing = conditions.agreement("any", np.ones(1, bool), asked, asked)

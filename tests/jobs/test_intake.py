@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -607,7 +606,7 @@ def test_admit__rejects_image_bombs_and_lives_on(hub: Hub, tmp_path: Path, case:
             "own_recipients": strongbox.recipients_of(hub.identities),
             "roster": hub.roster.to_bytes().decode(),
             "policy": "demonstration",
-            "today": datetime.now(UTC).date().isoformat(),
+            "today": parties.today().isoformat(),
         },
         folder_path=_made(tmp_path / "work"),
         readable_paths=[tmp_path / "package.tar"],
