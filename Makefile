@@ -5,6 +5,8 @@ SITES ?=
 EVAL ?=
 PYTHON_IN := $(CURDIR)/.venv/bin
 export PATH := $(PYTHON_IN):$(PATH)
+# Two test processes on one Ray, each file's tests in one of them and in order, long files not left for the end.
+SIDE_BY_SIDE ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # No compiled kernel is looked up at the hub, and no cloud metadata server waited for.
 export HF_HUB_OFFLINE ?= 1
 export AWS_EC2_METADATA_DISABLED ?= true
@@ -18,10 +20,10 @@ demo: setup
 	python -m jobs.demo $(if $(SITES),conf/demo/real.yaml sites="$(SITES)") $(if $(EVAL),evaluation="$(EVAL)") hub_uri=$(HUB)
 
 test: setup
-	python -m pytest -m "not slow and not long"
+	python -m pytest -m "not slow and not long" $(SIDE_BY_SIDE)
 
 test-slow: setup
-	python -m pytest -m slow
+	python -m pytest -m slow $(SIDE_BY_SIDE)
 
 test-long: setup
 	python -m pytest -m long

@@ -338,7 +338,7 @@ def _judge(case: _Case) -> Opened | None:
             case.history.add("WEIGHTS", message="passed without a judgement: this form has none")
         case.history.add("SUMMARY")
         _judge_privacy(case, opened)
-        case.history.add("BEHAVIOUR", message="passed without a judgement: jobs.compare_sites holds sites side by side")
+        case.history.add("BEHAVIOUR", message="passed without a judgement: this version has no probes of what is drawn")
         case.history.add("ADMITTED", measured={"site_id": manifest.site_id})
     except _TooEarly:
         raise

@@ -108,10 +108,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One unit of work: photographs ``first`` to ``first + num`` of a side.
-
-    ``places`` are of photographs that are there; what is drawn has ``wishes`` of its own, or those of `wishes_of`.
-    """
+    """One unit of work: photographs ``first`` to ``first + num`` of a side; ``places`` of real ones only."""
 
     run_uri: str
     generator_id: str
@@ -122,7 +119,6 @@ class Part:
     index: int = 0
     first: int = 0
     places: tuple[Place, ...] = ()
-    wishes: tuple[Wish, ...] = ()
 
     @property
     def uri(self) -> str:
@@ -249,19 +245,18 @@ def cut_into_parts(
     return [part for whole in wholes for part in cut(whole, images_per_part=images_per_part)]
 
 
-def cut(whole: Part, *, images_per_part: int) -> tuple[Part, ...]:
+def cut(whole: Part, *, images_per_part: int) -> list[Part]:
     """Cuts a whole side, given as one part, into parts of ``images_per_part``; the last one may have fewer."""
-    return tuple(
+    return [
         replace(
             whole,
             index=index,
             first=first,
             num=min(images_per_part, whole.num - first),
             places=whole.places[first : first + images_per_part],
-            wishes=whole.wishes[first : first + images_per_part],
         )
         for index, first in enumerate(range(0, whole.num, images_per_part))
-    )
+    ]
 
 
 def wishes_of(
@@ -287,21 +282,15 @@ def wishes_of(
     if not is_swept:
         drawn = matching.draw_cells(matching.fit_groups(summary, balance={}), num=num_images, seed=seed)
         return [_wish(cells, "evaluated", seed, row) for row, cells in enumerate(drawn)]
-    usual = usual_cells(summary)
+    usual: Cells = {}
+    for key in sorted(summary.counts):
+        usual |= metadata.cells_of(key, next(iter(_commonest(summary, key)), BLANK))
     return [
         _wish(usual | metadata.cells_of(attribute, text), "swept", seed, number)
         for attribute in appraisal.attributes_of(summary.counts, attributes)
         for number in range(num_seeds)
         for text in swept_values(summary, attribute)
     ]
-
-
-def usual_cells(summary: MetadataSummary) -> Cells:
-    """Returns the commonest value of each column of a site's summary."""
-    usual: Cells = {}
-    for key in sorted(summary.counts):
-        usual |= metadata.cells_of(key, next(iter(_commonest(summary, key)), BLANK))
-    return usual
 
 
 def _wish(cells: Cells, *seeded_by: Any) -> Wish:
@@ -323,12 +312,11 @@ class Examiner:
     Args:
         hub_uri: The hub.
         encoder_id: The encoder whose features are the second space; empty: thumbnails.
-        wishing: The arguments of `wishes_of`, for parts without wishes of their own.
-        num_steps: Steps of the solver.
-        guidance_scale: Weight of the caption.
         batch_size: Photographs drawn together, and held at a time.
         device: ``cpu`` or ``cuda``.
-        precision: ``float32`` or ``bfloat16``.
+        precision: ``float32`` or ``bfloat16``, of generators.
+        wishing: Arguments of `wishes_of`, for parts that are drawn.
+        drawing: ``num_steps`` and ``guidance_scale`` of `draw_photographs`, for parts that are drawn.
     """
 
     def __init__(
@@ -336,20 +324,14 @@ class Examiner:
         *,
         hub_uri: str,
         encoder_id: str,
-        num_steps: int,
-        guidance_scale: float,
         batch_size: int,
         device: str,
-        precision: str,
+        precision: str = "float32",
         wishing: Mapping[str, Any] = MappingProxyType({}),
+        drawing: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._hub_uri, self._device, self._precision, self._batch_size = hub_uri, device, precision, batch_size
-        self._wishing = dict(wishing)
-        self._drawing: dict[str, Any] = {
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "batch_size": batch_size,
-        }
+        self._wishing, self._drawing = dict(wishing), dict(drawing)
         self._spaces = spaces_of(hub_uri, encoder_id, device=device)
         self._loaded: tuple[str, Any] = ("", None)
 
@@ -395,15 +377,14 @@ class Examiner:
             )
 
     def _draw(self, part: Part) -> Iterator[tuple[Photograph, dict[str, Any]]]:
-        asked: Sequence[Wish] = part.wishes
-        if not asked:
-            summary = synthesis.read_summary(self._hub_uri, part.contribution_id)
-            wishes = wishes_of(summary, is_swept=part.side == "sweep", **self._wishing)
-            asked = wishes[part.first : part.first + part.num]
+        summary = synthesis.read_summary(self._hub_uri, part.contribution_id)
+        wishes = wishes_of(summary, is_swept=part.side == "sweep", **self._wishing)
+        asked = wishes[part.first : part.first + part.num]
         drawn = draw_photographs(
             pipeline=self._pipeline(part.generator_id),
             captions=[wish.caption for wish in asked],
             seeds=[wish.seed for wish in asked],
+            batch_size=self._batch_size,
             **self._drawing,
         )
         for image, wish in zip(drawn, asked, strict=True):
@@ -466,8 +447,7 @@ def examine_parts(
 def part_from_json(text: str) -> Part:
     """Rebuilds a part from the JSON of its fields."""
     content = json.loads(text)
-    places, wishes = (Place(**each) for each in content["places"]), (Wish(**each) for each in content["wishes"])
-    return Part(**{**content, "places": tuple(places), "wishes": tuple(wishes)})
+    return Part(**{**content, "places": tuple(Place(**each) for each in content["places"])})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

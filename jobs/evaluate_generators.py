@@ -66,7 +66,7 @@ def main(argv: list[str]) -> str:
     from gretfound.lineage import Encoder, Generator, Report
 
     hub_uri = storage.normalised(config.hub_uri)
-    generators = synthesis.generators_of(hub_uri, config.generator_ids, includes_aside=True)
+    generators = synthesis.generators_of(hub_uri, config.generator_ids)
     if config.encoder_id:
         withdrawal.require_unmarked(hub_uri, storage.read_record(hub_uri, config.encoder_id, Encoder))
     settings: dict[str, Any] = {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}
@@ -107,12 +107,11 @@ def main(argv: list[str]) -> str:
                 on_progress=bar.update,
                 hub_uri=hub_uri,
                 encoder_id=config.encoder_id,
-                num_steps=config.num_steps,
-                guidance_scale=config.guidance_scale,
                 batch_size=config.batch_size,
                 device="cuda" if config.gpus_per_actor else "cpu",
                 precision=config.precision,
                 wishing=asked,
+                drawing={"num_steps": config.num_steps, "guidance_scale": config.guidance_scale},
             )
         reports |= generator_evaluation.publish_all(
             hub_uri,

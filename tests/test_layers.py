@@ -34,7 +34,6 @@ ROWS = [
     {"gretfound.sealing"},
     {
         "gretfound.agreement",
-        "gretfound.behaviour",
         "gretfound.contribution",
         "gretfound.examination",
         "gretfound.fine_tuning",
@@ -54,7 +53,6 @@ ROWS = [
     {"gretfound.duplicates", "gretfound.receipt", "gretfound.strongbox"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
     {"gretfound.ledger", "gretfound.withdrawal"},
-    {"gretfound.quarantine"},
     {"gretfound.storage"},
     {"gretfound.disclosure"},
     {
