@@ -74,6 +74,13 @@ def test_compare__one_of_three_is_named_and_not_its_neighbours() -> None:
         assert list(compare(collections, seed)["contradicting"]) == ["cedar"]
 
 
+def test_compare__a_second_flipped_site_is_found_once_the_first_is_out() -> None:
+    collections = draw(0, sites=(*SITES, "elm"))
+    for place in (1, 3):
+        collections[place] = flipped(collections[place])
+    assert sorted(compare(collections)["contradicting"]) == ["birch", "dune"]
+
+
 def test_compare__of_two_that_contradict_each_other_both_are_named() -> None:
     collections = draw(0, sites=SITES[:2])
     collections[1] = flipped(collections[1])
