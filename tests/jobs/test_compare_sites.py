@@ -35,6 +35,7 @@ def hub_of(path: Path, *, flipped: str) -> str:
     return hub_uri
 
 
+@pytest.mark.slow
 def test_compare_sites__names_the_site_whose_photographs_are_labelled_the_other_way_round(
     ray_cluster: None, tmp_path: Path
 ) -> None:
