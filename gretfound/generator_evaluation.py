@@ -11,9 +11,10 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ from gretfound.metadata import BLANK, Cells, MetadataSummary
 from gretfound.synthesis import Wish
 
 SIDES = ("held_out", "trained_on", "generated", "base", "sweep")
+VESSEL_SIDES = SIDES[:-1]
 TRAINING_KEYS = ("method", "resolution_px", "num_images", "images_seen", "final_loss")
 PICTURE_PX = 288  # of real photographs in a report: twice what a page shows them at
 TRAINING_METRICS = "training/metrics.jsonl"  # of a contribution whose generator was trained at the site
@@ -112,10 +114,10 @@ class Part:
     generator_id: str
     contribution_id: str
     side: str
-    index: int
-    first: int
     num: int
     resolution_px: int
+    index: int = 0
+    first: int = 0
     places: tuple[Place, ...] = ()
 
     @property
@@ -161,7 +163,7 @@ def plan(hub_uri: str, generator: Generator, shard_set: ShardSet | None, *, run_
             "on: run jobs.finetune_generators with a larger held_out_share"
         )
         return Plan(generator=generator, run_uri=run_uri, contribution=contribution, missing=missing)
-    places = list(_places(hub_uri, shard_set))
+    places = list(places_of(hub_uri, shard_set))
     is_held_out_N = np.isin([each.image_id for each in places], held_out.image_ids)
     hashes_NW = duplicates.read_signatures(hub_uri, shard_set.shards).hashes
     again = duplicates.find_matches(hashes_NW[~is_held_out_N], hashes_NW[is_held_out_N])[:, 1]
@@ -174,8 +176,8 @@ def plan(hub_uri: str, generator: Generator, shard_set: ShardSet | None, *, run_
         run_uri=run_uri,
         contribution=contribution,
         missing=missing,
-        held_out=_chosen(places, is_reference_N, max_real),
-        trained_on=_chosen(places, ~is_held_out_N, max_real),
+        held_out=choose_places(itertools.compress(places, is_reference_N), num_images=max_real),
+        trained_on=choose_places(itertools.compress(places, ~is_held_out_N), num_images=max_real),
         num_held_out=int(is_held_out_N.sum()),
         num_trained_on=int((~is_held_out_N).sum()),
         num_near_duplicates=len(near),
@@ -189,7 +191,8 @@ def read_holdout(hub_uri: str, generator: Generator) -> holdout.Holdout | None:
     return holdout.from_json(storage.read_json(storage.join(storage.record_uri(hub_uri, generator), holdout.FILE_NAME)))
 
 
-def _places(hub_uri: str, shard_set: ShardSet) -> Iterator[Place]:
+def places_of(hub_uri: str, shard_set: ShardSet) -> Iterator[Place]:
+    """Yields where each photograph of a shard set lies, in order."""
     for part in shard_set.shards:
         with shard.open_shard(storage.join(hub_uri, part.path)) as parquet:
             for group in range(parquet.num_row_groups):
@@ -198,10 +201,10 @@ def _places(hub_uri: str, shard_set: ShardSet) -> Iterator[Place]:
                     yield Place(path=part.path, row_group=group, row=row, image_id=image_id)
 
 
-def _chosen(places: Sequence[Place], is_wanted_N: npt.NDArray[np.bool_], max_real: int) -> tuple[Place, ...]:
+def choose_places(places: Iterable[Place], *, num_images: int) -> tuple[Place, ...]:
     """Returns the first by image id, each once, in the order in which they lie, so that a part reads few row groups."""
-    wanted = {each.image_id: each for each, is_wanted in zip(places, is_wanted_N.tolist(), strict=True) if is_wanted}
-    chosen = [wanted[image_id] for image_id in sorted(wanted)[:max_real]]
+    wanted = {each.image_id: each for each in places}
+    chosen = [wanted[image_id] for image_id in sorted(wanted)[:num_images]]
     return tuple(sorted(chosen, key=lambda each: (each.path, each.row_group, each.row)))
 
 
@@ -227,20 +230,32 @@ def cut_into_parts(
         "base": (generator.base_id, num_images if compares_base and found.held_out else 0, ()),
         "sweep": (generator.id, num_swept, ()),
     }
-    return [
+    wholes = [
         Part(
             run_uri=found.run_uri,
             generator_id=generator_id,
             contribution_id=found.contribution.id,
             side=side,
-            index=index,
-            first=first,
-            num=min(images_per_part, num - first),
+            num=num,
             resolution_px=generator.resolution_px,
-            places=places[first : first + images_per_part],
+            places=places,
         )
         for side, (generator_id, num, places) in sides.items()
-        for index, first in enumerate(range(0, num, images_per_part))
+    ]
+    return [part for whole in wholes for part in cut(whole, images_per_part=images_per_part)]
+
+
+def cut(whole: Part, *, images_per_part: int) -> list[Part]:
+    """Cuts a whole side, given as one part, into parts of ``images_per_part``; the last one may have fewer."""
+    return [
+        replace(
+            whole,
+            index=index,
+            first=first,
+            num=min(images_per_part, whole.num - first),
+            places=whole.places[first : first + images_per_part],
+        )
+        for index, first in enumerate(range(0, whole.num, images_per_part))
     ]
 
 
@@ -297,15 +312,11 @@ class Examiner:
     Args:
         hub_uri: The hub.
         encoder_id: The encoder whose features are the second space; empty: thumbnails.
-        attributes: Columns that sweeps change.
-        num_images: Photographs to draw of each generator.
-        num_seeds: Seeds of each sweep.
-        seed: Seeds captions and images.
-        num_steps: Steps of the solver.
-        guidance_scale: Weight of the caption.
         batch_size: Photographs drawn together, and held at a time.
         device: ``cpu`` or ``cuda``.
-        precision: ``float32`` or ``bfloat16``.
+        precision: ``float32`` or ``bfloat16``, of generators.
+        wishing: Arguments of `wishes_of`, for parts that are drawn.
+        drawing: ``num_steps`` and ``guidance_scale`` of `draw_photographs`, for parts that are drawn.
     """
 
     def __init__(
@@ -313,28 +324,14 @@ class Examiner:
         *,
         hub_uri: str,
         encoder_id: str,
-        attributes: Sequence[str],
-        num_images: int,
-        num_seeds: int,
-        seed: int,
-        num_steps: int,
-        guidance_scale: float,
         batch_size: int,
         device: str,
-        precision: str,
+        precision: str = "float32",
+        wishing: Mapping[str, Any] = MappingProxyType({}),
+        drawing: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._hub_uri, self._device, self._precision, self._batch_size = hub_uri, device, precision, batch_size
-        self._wishing: dict[str, Any] = {
-            "num_images": num_images,
-            "attributes": attributes,
-            "num_seeds": num_seeds,
-            "seed": seed,
-        }
-        self._drawing: dict[str, Any] = {
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "batch_size": batch_size,
-        }
+        self._wishing, self._drawing = dict(wishing), dict(drawing)
         self._spaces = spaces_of(hub_uri, encoder_id, device=device)
         self._loaded: tuple[str, Any] = ("", None)
 
@@ -348,9 +345,9 @@ class Examiner:
 
     def examine(self, part: Part) -> None:
         """Draws or reads one part, takes it to every space and writes what was measured."""
-        spaces: dict[str, Space] = {}
-        if part.side != "sweep":
-            spaces = {**self._spaces, appraisal.VESSELS: appraisal.vessel_space(part.resolution_px)}
+        spaces: dict[str, Space] = {} if part.side == "sweep" else dict(self._spaces)
+        if part.side in VESSEL_SIDES:
+            spaces[appraisal.VESSELS] = appraisal.vessel_space(part.resolution_px)
         photographs = self._read(part) if part.places else self._draw(part)
         rows: list[dict[str, Any]] = []
         while block := list(itertools.islice(photographs, self._batch_size)):
@@ -387,6 +384,7 @@ class Examiner:
             pipeline=self._pipeline(part.generator_id),
             captions=[wish.caption for wish in asked],
             seeds=[wish.seed for wish in asked],
+            batch_size=self._batch_size,
             **self._drawing,
         )
         for image, wish in zip(drawn, asked, strict=True):

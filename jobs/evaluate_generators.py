@@ -107,12 +107,11 @@ def main(argv: list[str]) -> str:
                 on_progress=bar.update,
                 hub_uri=hub_uri,
                 encoder_id=config.encoder_id,
-                num_steps=config.num_steps,
-                guidance_scale=config.guidance_scale,
                 batch_size=config.batch_size,
                 device="cuda" if config.gpus_per_actor else "cpu",
                 precision=config.precision,
-                **asked,
+                wishing=asked,
+                drawing={"num_steps": config.num_steps, "guidance_scale": config.guidance_scale},
             )
         reports |= generator_evaluation.publish_all(
             hub_uri,

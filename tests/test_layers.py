@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
     {"gretfound.dispatch"},
-    {"gretfound.gatehouse", "gretfound.outgoing"},
+    {"gretfound.gatehouse", "gretfound.outgoing", "gretfound.site_comparison"},
     {
         "gretfound.admission",
         "gretfound.encoding",
@@ -33,6 +33,7 @@ ROWS = [
     {"gretfound.opening"},
     {"gretfound.sealing"},
     {
+        "gretfound.agreement",
         "gretfound.contribution",
         "gretfound.examination",
         "gretfound.fine_tuning",
