@@ -39,6 +39,8 @@ from gretfound.lineage import Generator
 
 log = logging.getLogger(__name__)
 _COMPONENT_LIBRARIES = ("diffusers", "transformers")
+_NETWORKS = {"text_encoder", "unet", "vae"}
+_KNOWN_COMPONENTS = _NETWORKS | {"tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder"}
 _DESCRIPTIONS = ("config.json", "model_index.json", "tokenizer_config.json")
 _WHENCE = ("_name_or_path", "is_local", "local_files_only")
 _TOKEN_START, _TOKEN_END = "<|startoftext|>", "<|endoftext|>"
@@ -281,9 +283,12 @@ def _check_components(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is no diffusers pipeline folder: model_index.json: {error}") from error
     if index.get("_class_name") != "StableDiffusionPipeline":
+        components = {name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
+        odd, absent = sorted(components - _KNOWN_COMPONENTS), sorted(_NETWORKS - components)
         raise StorageError(
-            f"found a {index.get('_class_name')!r} in {path}; supported: 'StableDiffusionPipeline' "
-            "(text encoder, VAE and UNet)"
+            f"found a {index.get('_class_name')!r} in {path}, with {', '.join(odd) or 'nothing more'} and without "
+            f"{', '.join(absent) or 'nothing'}; supported: 'StableDiffusionPipeline' (Stable Diffusion 1.x and 2.x). One "
+            "UNet is trained, on latents of one VAE and the embeddings of one text encoder; give such a base"
         )
     for component, kind in index.items():
         if isinstance(kind, list) and kind[0] is not None and kind[0] not in _COMPONENT_LIBRARIES:

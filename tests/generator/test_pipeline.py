@@ -65,6 +65,28 @@ def test_load_pipeline__a_component_with_foreign_code_is_refused(base_path: Path
         pipeline.load_pipeline(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "less", "said"),
+    [
+        (
+            "StableDiffusionXLPipeline",
+            ["text_encoder_2", "tokenizer_2"],
+            [],
+            "text_encoder_2, tokenizer_2 and without no",
+        ),
+        ("StableDiffusion3Pipeline", ["transformer"], ["unet"], "with transformer and without unet"),
+    ],
+)
+def test_load_pipeline__says_which_component_is_not_supported(
+    base_path: Path, tmp_path: Path, name: str, more: list[str], less: list[str], said: str
+) -> None:
+    index = json.loads((base_path / "model_index.json").read_text()) | {"_class_name": name}
+    index |= {key: ["diffusers", "Net"] for key in more}
+    (tmp_path / "model_index.json").write_text(json.dumps({key: index[key] for key in index if key not in less}))
+    with pytest.raises(StorageError, match=f"{name}.*{said}.*Stable Diffusion 1.x and 2.x"):
+        pipeline.load_pipeline(tmp_path)
+
+
 def test_build_pipeline__sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="resolution_px=36"):
         pipeline.build_pipeline(
