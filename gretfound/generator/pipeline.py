@@ -287,8 +287,8 @@ def _check_components(path: Path) -> None:
         odd, absent = sorted(components - _KNOWN_COMPONENTS), sorted(_NETWORKS - components)
         raise StorageError(
             f"found a {index.get('_class_name')!r} in {path}, with {', '.join(odd) or 'nothing more'} and without "
-            f"{', '.join(absent) or 'nothing'}; supported: 'StableDiffusionPipeline' (Stable Diffusion 1.x and 2.x). One "
-            "UNet is trained, on latents of one VAE and the embeddings of one text encoder; give such a base"
+            f"{', '.join(absent) or 'nothing'}; supported: 'StableDiffusionPipeline' (Stable Diffusion 1.x and 2.x). "
+            "One UNet is trained, on latents of one VAE and the embeddings of one text encoder; give such a base"
         )
     for component, kind in index.items():
         if isinstance(kind, list) and kind[0] is not None and kind[0] not in _COMPONENT_LIBRARIES:
