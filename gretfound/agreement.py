@@ -26,8 +26,10 @@ from gretfound.metadata import Cells
 
 MIN_PATIENTS_PER_CLASS = 10
 MAX_CONTRADICTING = 0.4  # an AUROC above this may be another camera's doing, however narrow its interval
+MIN_TAUGHT = 0.65  # below it the others' photographs do not show the label, as weak generators' do not
 LEVEL = 0.05
 TESTED_SHARE = 0.3
+NUM_PARTS = 3  # of the patients of a single site, each held out in turn
 Run = Callable[[Callable[[Task], Any], Sequence[Task]], Iterable[Any]]
 
 
@@ -54,12 +56,21 @@ class Collection:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How well a probe of the other sites tells one site's labels; ``p`` is one-sided, of an AUROC below 0.5."""
+    """How well a probe of the other sites tells one site's labels; ``p`` is one-sided, of an AUROC below 0.5.
+
+    ``taught`` is the control: the AUROC of such probes on the others themselves, each held out in turn, the median.
+    """
 
     auroc: Interval
+    taught: Interval
     p: float
     num_images: int
     num_patients: int
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the others agree among themselves, so that they can contradict anybody."""
+        return self.taught.low > 0.5 and self.taught.value >= MIN_TAUGHT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +106,8 @@ def compare(
     """Holds every site's labels against those of the others.
 
     A site contradicts the others where, of one label or more, the AUROC's 95% interval lies below 0.5, the AUROC is at
-    most 0.4, and Holm's p over all sites and labels is below 0.05. The one with the lowest AUROC is named first and
+    most 0.4, and Holm's p over all sites and labels is below 0.05; and where the others agree among themselves, with a
+    median AUROC of 0.65 or more whose interval lies above 0.5. The one with the lowest AUROC is named first and
     taken out of what the others are held against, and all is measured again, until no other is found: so a site does
     not look wrong because of its neighbour. Of two sites that contradict each other both are named.
 
@@ -176,24 +188,50 @@ def agreements(
         if not others:
             continue
         score_NC = _scores(others, site.features, seed)
-        value, resampled_R = metrics.bootstrap(
-            metrics.auroc_by_resample,
-            site.labels,
-            score_NC,
-            np.zeros(len(site.labels), dtype=np.int64),
-            site.patients,
-            num_resamples=num_resamples,
-            seed=seed,
-        )
+        value, resampled_R = _auroc_within([site], score_NC, num_resamples, seed)
         num_negative, num_positive = (len(np.unique(site.patients[site.labels == label])) for label in (0, 1))
         deviation = math.sqrt((num_negative + num_positive + 1) / (12 * num_negative * num_positive))
         found[site_id] = Agreement(
             auroc=metrics.interval(value, resampled_R),
+            taught=_taught(others, num_resamples, seed),
             p=NormalDist().cdf((value - 0.5) / deviation),
             num_images=len(site.labels),
             num_patients=len(np.unique(site.patients)),
         )
     return found
+
+
+def _taught(sites: Sequence[_Labelled], num_resamples: int, seed: int) -> Interval:
+    """Returns the median AUROC of probes on each site, fitted on the others; of one site, on its patients in thirds."""
+    if len(sites) > 1:
+        turns = [(site, [each for each in sites if each is not site]) for site in sites]
+    else:
+        (site,) = sites
+        patients = np.random.default_rng(seed).permutation(np.unique(site.patients))
+        parts = [np.isin(site.patients, patients[part::NUM_PARTS]) for part in range(NUM_PARTS)]
+        turns = [(_where(site, is_tested_N), [_where(site, ~is_tested_N)]) for is_tested_N in parts]
+    aurocs = [
+        _auroc_within([tested], _scores(fitted, tested.features, seed), num_resamples, seed) for tested, fitted in turns
+    ]
+    resampled_R = np.nanmedian([resampled_R for _, resampled_R in aurocs], axis=0)
+    return metrics.interval(float(np.median([value for value, _ in aurocs])), resampled_R)
+
+
+def _auroc_within(
+    sites: Sequence[_Labelled], score_NC: metrics.Floats, num_resamples: int, seed: int
+) -> tuple[float, metrics.Floats]:
+    """Returns the AUROC of scores, photographs compared within a site only, and that of each resample of patients."""
+    fold_N = np.repeat(np.arange(len(sites)), [len(each.labels) for each in sites])
+    named_2N = np.stack([fold_N, np.concatenate([each.patients for each in sites])])
+    return metrics.bootstrap(
+        metrics.auroc_by_resample,
+        np.concatenate([each.labels for each in sites]),
+        score_NC,
+        fold_N,
+        np.unique(named_2N, axis=1, return_inverse=True)[1].reshape(-1),
+        num_resamples=num_resamples,
+        seed=seed,
+    )
 
 
 def influences(
@@ -212,22 +250,15 @@ def influences(
         real = [each for name, each in tested.items() if name != site_id and len(set(each.labels.tolist())) == 2]
         if not real or not others:
             continue
-        label_N = np.concatenate([each.labels for each in real])
-        fold_N = np.repeat(np.arange(len(real)), [len(each.labels) for each in real])
-        patient_N = np.unique(np.stack([fold_N, np.concatenate([each.patients for each in real])]), axis=1,
-                              return_inverse=True)[1].reshape(-1)  # fmt: skip
         feature_ND = np.concatenate([each.features for each in real])
         (value, resampled_R), (value_without, without_R) = (
-            metrics.bootstrap(
-                metrics.auroc_by_resample, label_N, _scores(sites, feature_ND, seed), fold_N, patient_N,
-                num_resamples=num_resamples, seed=seed,
-            )
+            _auroc_within(real, _scores(sites, feature_ND, seed), num_resamples, seed)
             for sites in ([*others, fitted[site_id]], others)
-        )  # fmt: skip
+        )
         difference = metrics.interval(value - value_without, resampled_R - without_R)
         deviation = float(np.nanstd(resampled_R - without_R))
         p = 2.0 * NormalDist().cdf(-abs(difference.value) / deviation) if deviation else 1.0
-        found[site_id] = Influence(difference=difference, p=p, num_tested=len(label_N))
+        found[site_id] = Influence(difference=difference, p=p, num_tested=len(feature_ND))
     return found
 
 
@@ -292,7 +323,8 @@ def _contradicting(found: Mapping[str, Mapping[str, Agreement]]) -> dict[str, li
     wrong: dict[str, list[str]] = {}
     for (key, site_id), p in zip(places, adjusted, strict=True):
         auroc = found[key][site_id].auroc
-        if p < LEVEL and auroc.high < 0.5 and auroc.value <= MAX_CONTRADICTING:
+        is_low = auroc.high < 0.5 and auroc.value <= MAX_CONTRADICTING
+        if p < LEVEL and is_low and found[key][site_id].is_judged:
             wrong.setdefault(site_id, []).append(key)
     return wrong
 
@@ -305,7 +337,7 @@ def _sites_json(
     for site_id in (each.site_id for each in collections):
         held, weighed = agreement.get(site_id), influence.get(site_id)
         content[site_id] = {
-            "agreement": asdict(held) if held else None,
+            "agreement": asdict(held) | {"is_judged": held.is_judged} if held else None,
             "influence": asdict(weighed) | {"holm_p": adjusted[site_id]} if weighed else None,
             "missing": ""
             if held and weighed

@@ -127,6 +127,11 @@ def publish(
     labels = agreement.compare(collections, keys=label_keys, num_resamples=num_resamples, seed=seed, run=on_cluster)
     content = {
         "labels": labels,
+        "num_judged": sum(
+            bool(each["agreement"] and each["agreement"]["is_judged"])
+            for task in labels["tasks"].values()
+            for each in task["sites"].values()
+        ),
         "sites": {
             each.site_id: {"real": int(each.is_real.sum()), "synthetic": int((~each.is_real).sum())}
             for each in collections

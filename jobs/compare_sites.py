@@ -1,6 +1,6 @@
 """Sites -> report: do a site's labels contradict those of the others, and what does leaving it out change?
 
-    python -m jobs.compare_sites conf/corpus/compare_demo.yaml hub_uri=runs/demo/hub
+    python -m jobs.compare_sites conf/corpus/compare_demo.yaml hub_uri=runs/demo
     python -m jobs.compare_sites conf/corpus/compare_gpu.yaml hub_uri=s3://BUCKET/hub encoder_id=encoder-...
 
 Of each label a probe fitted on the other sites' photographs, real and drawn, is asked for a site's own. Parts that an

@@ -97,6 +97,24 @@ def test_compare__drawn_photographs_alone_are_enough_to_name_a_site_and_nothing_
     assert all(each["influence"] is None and "held-out real photographs" in each["missing"] for each in sites.values())
 
 
+def test_compare__sites_that_do_not_agree_among_themselves_contradict_nobody() -> None:
+    # As weak generators draw: at each site a label goes with something else, which by chance means the contrary here.
+    effects = {"aster": (-1.2, -1.2), "birch": (1.6, 0.0), "cedar": (0.0, 1.6)}
+    for seed in range(3):
+        random = np.random.default_rng(100 + seed)
+        collections = []
+        for site in draw(seed, sites=SITES[:3]):
+            effect_D = np.r_[effects[site.site_id], np.zeros(8)]
+            shift_ND = np.outer([cells["glaucoma"] for cells in site.cells], effect_D)
+            feature_ND = random.normal(0.0, 1.0, shift_ND.shape) + shift_ND
+            collections.append(replace(site, features=feature_ND.astype(np.float32)))
+        found = compare(collections, seed)
+        held = found["tasks"]["glaucoma"]["sites"]["aster"]["agreement"]
+        assert held["auroc"]["value"] < 0.4 and held["auroc"]["high"] < 0.5, "it would have been named"
+        assert not held["is_judged"] and held["taught"]["value"] < 0.65
+        assert found["contradicting"] == {}
+
+
 def test_compare__too_few_patients_say_so() -> None:
     found = compare([*draw(0), *draw(0, sites=("elm",), num_patients=8)])
     elm = found["tasks"]["glaucoma"]["sites"]["elm"]
