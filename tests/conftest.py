@@ -46,6 +46,7 @@ def ray_cluster(s3_hub: str) -> Iterator[None]:
     """
     if address := os.environ.get(RAY_ADDRESS):
         ray.init(address=address, log_to_driver=False, runtime_env=_runtime_env())
+        _stop_listening()
         yield
         ray.shutdown()
     else:
@@ -71,8 +72,20 @@ def _ray_head(num_cpus: int) -> Iterator[str]:
         object_store_memory=400 * 2**20,
         runtime_env=_runtime_env(),
     )
+    _stop_listening()
     yield context.address_info["gcs_address"]
     ray.shutdown()
+
+
+def _stop_listening() -> None:
+    """Ends the thread that prints the cluster's errors, as `ray.shutdown` would.
+
+    With several drivers on one cluster it was seen (Ray 2.60) to poll 900 times a second without a pause, in each of
+    them: with the answers one of two cores' work (docs/log.md).
+    """
+    worker = ray._private.worker.global_worker
+    worker.threads_stopped.set()
+    worker.gcs_error_subscriber.close()
 
 
 def _runtime_env() -> dict[str, Any]:
