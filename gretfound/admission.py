@@ -45,7 +45,7 @@ from gretfound.gate import statement as gate_statement
 from gretfound.gate.statement import Statement
 from gretfound.gate.verdict import Check
 from gretfound.generator import adapter
-from gretfound.generator.adapter import UNET_WEIGHTS
+from gretfound.generator.adapter import DENOISER_WEIGHTS
 from gretfound.lineage import Contribution, File, Generator, ShardSet, Site
 from gretfound.receipt import Receipt
 from gretfound.roster import Roster
@@ -545,8 +545,9 @@ def _weigh(case: _Case, opened: Opened) -> tuple[adapter.AdapterTerms, adapter.M
     """Has weights measured; what they say of themselves is then written anew from its fields, by this process."""
     base_sha256 = opened.manifest.base_sha256
     base = _base_of(case.hub_uri, base_sha256)
-    base_path = case.folder_path / "base" / UNET_WEIGHTS
-    uri = storage.join(storage.record_uri(case.hub_uri, base), UNET_WEIGHTS)
+    name = next(each.path for each in base.files if each.path in DENOISER_WEIGHTS and each.sha256 == base_sha256)
+    base_path = case.folder_path / "base" / name
+    uri = storage.join(storage.record_uri(case.hub_uri, base), name)
     storage.download_file(uri, base_path, sha256=base_sha256)
     adapter_path = opened.path / "weights"
     request = {"task": "weigh", "adapter_path": str(adapter_path), "base_weights_path": str(base_path)}
@@ -679,7 +680,7 @@ def _publish_generator(case: _Case, opened: Opened, adapter_path: Path, contribu
 def _base_of(hub_uri: str, base_sha256: str) -> Generator:
     for record in storage.read_records(hub_uri, Generator):
         is_base = not record.site_id and any(
-            file.path == UNET_WEIGHTS and file.sha256 == base_sha256 for file in record.files
+            file.path in DENOISER_WEIGHTS and file.sha256 == base_sha256 for file in record.files
         )
         if is_base:
             return record

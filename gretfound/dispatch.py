@@ -46,7 +46,7 @@ from gretfound.gate import policy as gate_policy
 from gretfound.gate import report as gate_report
 from gretfound.gate.verdict import Check
 from gretfound.generator import spending
-from gretfound.generator.adapter import UNET_WEIGHTS
+from gretfound.generator.adapter import denoiser_weights
 from gretfound.generator.spending import Ledger
 from gretfound.keyring import Keyring
 from gretfound.sealing import Package
@@ -249,7 +249,7 @@ def contribute(
         if dp_epsilon is not None:
             ledger = spending.read_ledger((adapter_path.parent / spending.LEDGER_NAME).read_bytes())
             storage.write_bytes(str(staging_path / "privacy" / spending.LEDGER_NAME), ledger.to_bytes())
-        base_sha256 = storage.sha256_of(base_path / UNET_WEIGHTS)
+        base_sha256 = storage.sha256_of(denoiser_weights(base_path))
         _stage_training(work_path, staging_path, recipe)
         num_drawn = recipe.num_drawn if form == "synthetic" else 0
         extra: list[Check] = []
@@ -353,7 +353,7 @@ def _digest_of_inputs(
     dp_epsilon: float | None,
 ) -> str:
     base_path = storage.local_path(base) if base else None
-    is_local = base_path is not None and (base_path / UNET_WEIGHTS).is_file()
+    is_local = base_path is not None and denoiser_weights(base_path).is_file()
     return lineage.digest_of(
         {
             "files": [(path.relative_to(folder_path).as_posix(), digest) for path, digest in digests.items()],
@@ -364,7 +364,7 @@ def _digest_of_inputs(
             "gate": asdict(gate) if form != "images" else None,
             "recipe": asdict(recipe),
             "dp_epsilon": dp_epsilon,
-            "base": storage.sha256_of(base_path / UNET_WEIGHTS) if base_path and is_local else base,
+            "base": storage.sha256_of(denoiser_weights(base_path)) if base_path and is_local else base,
         }
     )
 

@@ -45,11 +45,14 @@ class Part:
     shard_sha256: str
     num_images: int
     resolution_px: int
+    cell_dropout: float = 0.0
 
     def key(self, base: Generator) -> str:
         """Names the part's cache."""
         files = [(file.path, file.sha256) for file in base.files]
-        return latents.key_of(files, shard_sha256=self.shard_sha256, resolution_px=self.resolution_px)
+        return latents.key_of(
+            files, shard_sha256=self.shard_sha256, resolution_px=self.resolution_px, cell_dropout=self.cell_dropout
+        )
 
     def cache_uri(self, hub_uri: str, base: Generator) -> str:
         """Returns the folder of the part's cache."""
@@ -60,7 +63,9 @@ class Part:
         return storage.exists(storage.join(self.cache_uri(hub_uri, base), FILES[-1]))
 
 
-def parts_of(shard_set: ShardSet, *, base: Generator, resolution_px: int | None) -> list[Part]:
+def parts_of(
+    shard_set: ShardSet, *, base: Generator, resolution_px: int | None, cell_dropout: float = 0.0
+) -> list[Part]:
     """Returns the parts of a shard set, in its order; without a resolution the base's own is taken."""
     return [
         Part(
@@ -70,6 +75,7 @@ def parts_of(shard_set: ShardSet, *, base: Generator, resolution_px: int | None)
             shard_sha256=each.sha256,
             num_images=each.num_images,
             resolution_px=resolution_px if resolution_px is not None else base.resolution_px,
+            cell_dropout=cell_dropout,
         )
         for each in shard_set.shards
     ]
@@ -173,6 +179,7 @@ class Encoder:
                 cache_path,
                 base=loaded,
                 resolution_px=part.resolution_px,
+                cell_dropout=part.cell_dropout,
                 left_out=rejected,
                 on_decoding=on_decoding,
             )

@@ -181,7 +181,7 @@ def judge(
         on_drawn: Told how many photographs were drawn, each time.
     """
     from gretfound.gate import eyes, picture_page, trial
-    from gretfound.generator import latents, pipeline, sampling
+    from gretfound.generator import families, pipeline, sampling
 
     rules = prepared.rules
     num_samples = max(num_drawn, rules.num_samples)
@@ -215,7 +215,7 @@ def judge(
     samples = _Drawn(folder_path / "samples", num_samples)
     if not result_path.exists():
         generator = pipeline.load_pipeline(base_path, adapter_path=adapter_path, device=drawing.device)
-        size_px = latents.native_px(generator)
+        size_px = families.native_px(generator)
         draw(generator, "samples", [metadata.caption(each) for each in cells], range(num_samples))
         trained = _side(prepared, prepared.split.trained, size_px)
         held = trial.hold(

@@ -5,6 +5,7 @@ A cell is parsed into one canonical value or listed with its row; nothing is gue
 
 import csv
 import difflib
+import hashlib
 import io
 import json
 import math
@@ -630,6 +631,39 @@ def caption(cells: Mapping[str, Any]) -> str:
     if "eye" in known:
         parts.append(f"{known['eye']} eye")
     return ", ".join(parts)
+
+
+NUM_SHORTENED = 10  # ways to shorten captions, so that a share of cells is dropped in tenths
+_PERSON = re.compile(r"(\d+-year-old) (\w+)")
+
+
+def shortened(caption: str, way: int, *, cell_dropout: float) -> str:
+    """Leaves cells out of a caption, so that a generator learns to be asked for one thing without the others.
+
+    Of the `NUM_SHORTENED` ways each leaves another set of cells out, and every cell is left out in as many of them as
+    its share says, whatever the other cells. So few captions come of many photographs, and each is encoded once.
+
+    Args:
+        caption: As `caption` says it.
+        way: 0 to below `NUM_SHORTENED`.
+        cell_dropout: Share of the ways in which a cell is left out, in tenths.
+    """
+    first, *phrases = caption.split(", ")
+    kept = [first]
+    for phrase in phrases:
+        words = [phrase]
+        if person := _PERSON.fullmatch(phrase):
+            words = [person[1], *({person[2]} - {"person"})]
+        left = [word for word in words if not _is_dropped(word, way, cell_dropout)]
+        if left and left[0].endswith("-year-old"):
+            left = [f"{left[0]} {left[1] if len(left) > 1 else 'person'}"]
+        kept += left
+    return ", ".join(kept)
+
+
+def _is_dropped(word: str, way: int, cell_dropout: float) -> bool:
+    order = sorted(range(NUM_SHORTENED), key=lambda each: hashlib.sha256(f"{each} {word}".encode()).digest())
+    return order.index(way) < round(cell_dropout * NUM_SHORTENED)
 
 
 def caption_words() -> list[str]:

@@ -95,18 +95,18 @@ def main(argv: list[str]) -> str:
 def adopt(config: Config, *, run_uri: str, recipe_id: str, scratch_path: Path) -> "tuple[Path, Generator]":
     """Brings a finished pipeline here, holds it against what this version supports, and keeps what it uses."""
     from gretfound import storage
-    from gretfound.generator import latents, pipeline
+    from gretfound.generator import families, pipeline
     from gretfound.lineage import Generator
 
     source_path = pipeline.fetch_base(config.source, hub_uri=None, folder_path=scratch_path / "source")
     loaded = pipeline.load_pipeline(source_path)
     path = pipeline.save_pipeline(loaded, scratch_path / "pipeline")
-    storage.write_json(storage.join(run_uri, "source.json"), {"unet_sha256": pipeline.unet_sha256(source_path)})
+    storage.write_json(storage.join(run_uri, "source.json"), {"denoiser_sha256": pipeline.denoiser_sha256(source_path)})
     record = Generator(
         recipe_id=recipe_id,
         site_id="",
         method="adopted",
-        resolution_px=latents.native_px(loaded),
+        resolution_px=families.native_px(loaded),
         num_images=0,
         images_seen=0,
         final_loss=0.0,

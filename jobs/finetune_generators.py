@@ -42,7 +42,7 @@ class TuningConfig:
     objective: str = setting(
         "denoising", "denoising; consistency: few-step students of the sites' own generators of base_id"
     )
-    method: str = setting("lora", "lora: low-rank factors; full: the whole UNet")
+    method: str = setting("lora", "lora: low-rank factors; full: the whole denoiser")
     num_images_seen: int = setting(200_000, "photographs to train on, repeats counted")
     batch_size: int = setting(16, "photographs a step, over all workers of a site")
     learning_rate: float = setting(1e-4, "peak learning rate")
@@ -51,10 +51,16 @@ class TuningConfig:
     warmup_images: int = setting(0, "images over which the rate rises")
     weight_decay: float = setting(0.01, "AdamW's")
     caption_dropout: float = setting(0.1, "share of images that see the empty caption")
+    cell_dropout: float = setting(0.0, "share of the cells left out of each other caption, in tenths: 0.1, 0.2, ...")
+    offset_noise: float = setting(0.0, "deviation of a shift of each latent channel's noise; 0: none")
     min_snr_gamma: float | None = setting(5.0, "min-SNR weighting; null: all times weigh alike")
     guidance_scale: float = setting(2.0, "of consistency: weight of the caption that a student learns")
     average_decay: float = setting(0.9999, "of the moving average of the weights that is kept, per step; 0: the last")
     precision: str = setting("float32", "float32 or bfloat16")
+    accumulation: int = setting(1, "parts that a step is computed in, one after another, to save memory")
+    recomputes_activations: bool = setting(
+        False, "whether blocks are computed anew in the backward pass, to save memory"
+    )
     zero_stage: int | None = setting(None, "DeepSpeed ZeRO stage, 0 to 3; null: plain PyTorch, one worker a site")
     checkpoint_every_images: int = setting(20_000, "images between checkpoints; 0: at the end only")
     seed: int = setting(0, "decides factors, order and noise")
@@ -102,11 +108,14 @@ class Config:
             )
         if self.tuning.zero_stage not in (None, 0, 1, 2, 3):
             raise ConfigError(f"tuning.zero_stage={self.tuning.zero_stage} is none of null, 0, 1, 2, 3")
-        if self.tuning.batch_size % self.cluster.num_workers:
+        parts = self.cluster.num_workers * self.tuning.accumulation
+        if parts < 1 or self.tuning.batch_size % parts:
             raise ConfigError(
                 f"tuning.batch_size={self.tuning.batch_size} is not divisible by "
-                f"cluster.num_workers={self.cluster.num_workers}"
+                f"cluster.num_workers={self.cluster.num_workers} times tuning.accumulation={self.tuning.accumulation}"
             )
+        if not 0 <= self.tuning.cell_dropout < 1 or round(self.tuning.cell_dropout * 10, 6) % 1:
+            raise ConfigError(f"tuning.cell_dropout={self.tuning.cell_dropout:g} is none of 0, 0.1, 0.2, ... 0.9")
         if not 0 <= self.held_out_share < 1:
             raise ConfigError(f"held_out_share={self.held_out_share} is not within 0 to under 1")
         if self.max_concurrent < 1:
@@ -160,7 +169,12 @@ def finetune_on_worker(settings: dict[str, Any]) -> None:
         base = storage.read_record(work.hub_uri, work.base_id, Generator)
         base_path = storage.fetch_folder(work.hub_uri, base, scratch_path / "base")
         shard_set = storage.read_record(work.hub_uri, work.shard_set_id, ShardSet)
-        parts = encoding.parts_of(shard_set, base=base, resolution_px=work.config.tuning.resolution_px)
+        parts = encoding.parts_of(
+            shard_set,
+            base=base,
+            resolution_px=work.config.tuning.resolution_px,
+            cell_dropout=work.config.tuning.cell_dropout,
+        )
         latents_path = encoding.fetch(work.hub_uri, parts, scratch_path / "latents", base=base)
         shard_uris = [storage.join(work.hub_uri, each.path) for each in shard_set.shards]
         rows = (row for uri in shard_uris for row in shard.read_rows(uri, columns=["image_id", "patient"]))
@@ -323,6 +337,7 @@ def encode(works: list[Work], *, window: int, hub_uri: str) -> dict[str, str]:
             storage.read_record(hub_uri, work.shard_set_id, ShardSet),
             base=bases[work.base_id],
             resolution_px=work.config.tuning.resolution_px,
+            cell_dropout=work.config.tuning.cell_dropout,
         )
     ]
     with tqdm(total=sum(part.num_images for part in parts), desc="encoding", unit="image") as bar:

@@ -22,7 +22,7 @@ def adapter_files(base_path: Path, adapter_path: Path) -> dict[str, bytes]:
         rank=2,
         alpha=2.0,
         target_modules=adapter.TARGET_MODULES,
-        base_sha256=pipeline.unet_sha256(base_path),
+        base_sha256=pipeline.denoiser_sha256(base_path),
         resolution_px=32,
         images_seen=64,
         final_loss=0.5,

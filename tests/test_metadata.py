@@ -121,6 +121,23 @@ def test_caption__absence_is_said_of_ocular_disease_only() -> None:
     assert "no glaucoma" in said and "stroke" not in said and "chronic kidney disease" in said
 
 
+def test_shortened__each_cell_is_left_out_in_its_share_of_the_ways_whatever_the_others() -> None:
+    cells = {"camera": "Topcon", "sex": "female", "age": 62.0, "dr": 2, "glaucoma": False, "eye": "left"}
+    whole = metadata.caption(cells)
+    ways = [metadata.shortened(whole, way, cell_dropout=0.3) for way in range(metadata.NUM_SHORTENED)]
+    for words in ("Topcon", "62-year-old", "woman", "moderate non-proliferative", "no glaucoma", "left eye"):
+        assert sum(words in way for way in ways) == 7
+    assert len(set(ways)) > 6, "not all cells at once"
+    without_age = metadata.caption({name: value for name, value in cells.items() if name != "age"})
+    without_sex = metadata.caption({name: value for name, value in cells.items() if name != "sex"})
+    for way, said in enumerate(ways):
+        if "62-year-old" not in said:
+            assert said == metadata.shortened(without_age, way, cell_dropout=0.3)
+        elif "woman" not in said:
+            assert said == metadata.shortened(without_sex, way, cell_dropout=0.3)
+    assert {metadata.shortened(whole, way, cell_dropout=0.0) for way in range(10)} == {whole}
+
+
 def test_arrow_values__every_field_and_no_other() -> None:
     values = metadata.arrow_values({"dr": 2})
     assert list(values) == [field.name for field in metadata.ARROW_FIELDS]

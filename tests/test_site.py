@@ -281,7 +281,7 @@ def test_main__contribute_weights(
     )
     manifest, rows = _opened(tmp_path / "out", tmp_path / "opened", hub)
     assert rows == []
-    assert manifest.base_sha256 == pipeline.unet_sha256(base_path)
+    assert manifest.base_sha256 == pipeline.denoiser_sha256(base_path)
     assert {file.path for file in manifest.files} == {
         "privacy/canary_commitment.json",
         "privacy/canary_reveal.json",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gretfound.fundus import Photograph
-from gretfound.generator import autoencoding, denoising, latents
+from gretfound.generator import autoencoding, denoising, families, latents
 from gretfound.generator.squares import as_tensor
 
 Floats = npt.NDArray[np.float64]
@@ -58,13 +58,10 @@ def losses(
     number_N = torch.tensor([distinct.index(caption) for caption in captions])
     generator = torch.Generator().manual_seed(seed)
     noises = [torch.randn(latents_NCHW.shape[1:], generator=generator) for _ in range(num_noises)]
-    device = pipeline.unet.device
-    objective = denoising.DenoisingObjective(
-        unet=pipeline.unet, scheduler=pipeline.scheduler, captions=denoising.EncodedCaptions(text_KLD[-1])
-    ).to(device)
+    objective, device = _objective(pipeline, text_KLD[-1])
     total_N = torch.zeros(len(squares), dtype=torch.float64)
     for time in times:
-        step = time * len(pipeline.scheduler.alphas_cumprod) // _TRAINING_TIMES
+        step = time * objective.num_times // _TRAINING_TIMES
         for noise_CHW in noises:
             parts = []
             for latents_BCHW, number_B in zip(
@@ -93,27 +90,27 @@ def caption_scores(pipeline: Any, captions: Sequence[str], *, num_noises: int, s
     the first step.
     """
     text_KLD = latents.embed_captions(pipeline, [*captions, ""])
-    side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    step = len(pipeline.scheduler.alphas_cumprod) - 1
+    objective, device = _objective(pipeline, text_KLD[-1])
+    config = families.denoiser_of(pipeline).config
     generator = torch.Generator().manual_seed(seed)
+
+    def predict(noise_CHW: Tensor, text_BLD: Tensor) -> Tensor:
+        last_B = torch.full((len(text_BLD),), objective.num_times - 1, device=device)
+        noise_BCHW = noise_CHW.to(device).expand(len(text_BLD), -1, -1, -1)
+        return objective.predict(noise_BCHW, last_B, text_BLD.to(device)).cpu()
+
     total_K = torch.zeros(len(captions))
     for _ in range(num_noises):
-        noise_CHW = torch.randn((channels, side, side), generator=generator)
-        empty_CHW = _predict(pipeline, noise_CHW[None], step, text_KLD[-1:])[0]
-        answers = [
-            _predict(pipeline, noise_CHW.expand(len(text), -1, -1, -1), step, text)
-            for text in torch.split(text_KLD[:-1], _BATCH)
-        ]
+        noise_CHW = torch.randn((config.in_channels, config.sample_size, config.sample_size), generator=generator)
+        empty_CHW = predict(noise_CHW, text_KLD[-1:])[0]
+        answers = [predict(noise_CHW, text) for text in torch.split(text_KLD[:-1], _BATCH)]
         total_K += (torch.cat(answers) - empty_CHW).square().mean(dim=(1, 2, 3)).sqrt()
     return dict(zip(captions, (total_K / num_noises).tolist(), strict=True))
 
 
-def _predict(pipeline: Any, noised_BCHW: Tensor, step: int, text_BLD: Tensor) -> Tensor:
-    unet = pipeline.unet
-    predicted: Tensor = unet(
-        noised_BCHW.to(unet.device, unet.dtype),
-        torch.tensor(step, device=unet.device),
-        encoder_hidden_states=text_BLD.to(unet.device, unet.dtype),
-        return_dict=False,
-    )[0]
-    return predicted.float().cpu()
+def _objective(pipeline: Any, empty_LD: Tensor) -> tuple[denoising.DenoisingObjective, torch.device]:
+    denoiser = families.denoiser_of(pipeline)
+    objective = denoising.DenoisingObjective(
+        denoiser=denoiser, scheduler=pipeline.scheduler, captions=denoising.EncodedCaptions(empty_LD)
+    )
+    return objective.to(denoiser.device), denoiser.device

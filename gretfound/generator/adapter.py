@@ -12,7 +12,7 @@ Checks of a contribution (trust.md, section 4; the codes begin with their names)
     W4  no change larger than the matrix it changes; not far from what other sites' adapters of this base do
     W5  something was learned; the singular values are spread like other sites'
     W6  no words beside the tensors
-    W7  the one number format: bfloat16 for low-rank factors, the base's own for a whole UNet
+    W7  the one number format: bfloat16 for low-rank factors, the base's own for a whole denoiser
 
 W4 and W5 are judgements: what fails them is put aside for a person to look at. All others reject.
 """
@@ -33,7 +33,7 @@ from gretfound.errors import ContributionRejected
 
 ADAPTER_TENSORS = "adapter.safetensors"
 ADAPTER_TERMS = "adapter_config.json"
-UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+DENOISER_WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors")
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut")
 MAX_RANK, MAX_ALPHA = 1024, 1e6
 MAX_HEADER_BYTES = 4 * 2**20
@@ -55,8 +55,8 @@ Matrix = npt.NDArray[np.float64]
 class AdapterTerms:
     """What an adapter says about itself; everything else follows from the base.
 
-    ``method`` is ``lora`` (low-rank factors) or ``full`` (every tensor of the UNet); ``base_sha256`` is the digest of
-    the UNet weights that it was trained from.
+    ``method`` is ``lora`` (low-rank factors) or ``full`` (every tensor of the denoiser); ``base_sha256`` is the digest
+    of the denoiser's weights that it was trained from.
     """
 
     method: str
@@ -95,7 +95,7 @@ class Header:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What an adapter changes: dW is alpha / rank times the product of the factors, or new less old for a whole UNet.
+    """What an adapter changes: dW is alpha / rank times the product of the factors, or new less old for a whole one.
 
     Attributes:
         num_matrices: Matrices that it may change.
@@ -103,7 +103,7 @@ class Measured:
         norm_ratio: Largest Frobenius norm of dW over that of W.
         largest_singular_value: Of all dW.
         spectral_entropy: Mean over the changed matrices of the entropy of the squared singular values over its maximum,
-            0 (one direction) to 1 (all alike); -1 where it is not measured (a whole UNet, or rank 1).
+            0 (one direction) to 1 (all alike); -1 where it is not measured (a whole denoiser, or rank 1).
     """
 
     num_matrices: int
@@ -111,6 +111,12 @@ class Measured:
     norm_ratio: float
     largest_singular_value: float
     spectral_entropy: float
+
+
+def denoiser_weights(base_path: Path) -> Path:
+    """Returns the place of the UNet's or transformer's weights in a pipeline's folder; a UNet's if it has neither."""
+    found = [base_path / name for name in DENOISER_WEIGHTS if (base_path / name).is_file()]
+    return (found or [base_path / DENOISER_WEIGHTS[0]])[0]
 
 
 def read_terms(path: Path) -> AdapterTerms:
@@ -181,7 +187,7 @@ def required_tensors(terms: AdapterTerms, base: Mapping[str, Tensor]) -> dict[st
 
     Args:
         terms: Rank and targets.
-        base: The tensors of the base's UNet.
+        base: The tensors of the base's denoiser.
     """
     if terms.method == "full":
         return {name: (tensor.dtype, tensor.shape) for name, tensor in base.items()}
@@ -367,7 +373,7 @@ def examine(adapter_path: Path, base_weights_path: Path) -> tuple[AdapterTerms, 
 
     Args:
         adapter_path: A contributed folder with `ADAPTER_TENSORS` and `ADAPTER_TERMS`.
-        base_weights_path: The trusted base's UNet as safetensors.
+        base_weights_path: The trusted base's denoiser as safetensors.
 
     Raises:
         ContributionRejected: With a code of W0 to W3, W6, W7, or ``ADAPTER_TERMS``.

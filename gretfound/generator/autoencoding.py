@@ -158,4 +158,5 @@ def encode_photographs(autoencoder: Any, photographs_BCHW: Tensor) -> Tensor:
     """Returns the scaled latents of RGB photographs in [-1, 1], on the CPU: their mean where it is a choice."""
     encoded = autoencoder.encode(photographs_BCHW.to(autoencoder.device, autoencoder.dtype))
     latents_Bchw: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return latents_Bchw.float().cpu() * float(autoencoder.config.scaling_factor)
+    shift = autoencoder.config.get("shift_factor") or 0.0
+    return (latents_Bchw.float().cpu() - float(shift)) * float(autoencoder.config.scaling_factor)

@@ -1,8 +1,8 @@
 """Few-step generators: a student learns to jump to the end of its teacher's guided path in one step.
 
-The student of a fine-tuned generator is that generator with new low-rank factors (or all of its UNet) trained by
+The student of a fine-tuned generator is that generator with new low-rank factors (or all of its denoiser) trained by
 `ConsistencyObjective`; diffusers' `LCMScheduler` then draws with it in 2 to 8 steps. The teacher's weight of the
-caption is part of what it learns, so that a step needs one pass of the UNet, not two.
+caption is part of what it learns, so that a step needs one pass of the denoiser, not two.
 
 Shapes: B images, C latent channels, H and W latent rows and columns, L tokens, D text width.
 """
@@ -14,6 +14,7 @@ import torch
 from diffusers import LCMScheduler
 from torch import Tensor, nn
 
+from gretfound.generator import families
 from gretfound.generator.denoising import draw_noise
 
 NUM_SOLVER_STEPS = 50  # of the teacher's path; `LCMScheduler` visits some of these
@@ -32,7 +33,7 @@ class ConsistencyObjective(nn.Module):
     itself, as in the latter; the loss is the pseudo-Huber distance of diffusers' `train_lcm_distill_lora_sd`.
 
     Args:
-        unet: The student, with the teacher's weights. Make the teacher's copy before factors are added.
+        denoiser: The student, with the teacher's weights. Make the teacher's copy before factors are added.
         teacher: What is distilled; never trained, and no part of this module's state.
         scheduler: Of the teacher: `alphas_cumprod`, and ``epsilon`` or ``v_prediction``.
         empty_LD: The empty caption's embedding.
@@ -46,7 +47,7 @@ class ConsistencyObjective(nn.Module):
     def __init__(
         self,
         *,
-        unet: nn.Module,
+        denoiser: nn.Module,
         teacher: nn.Module,
         scheduler: Any,
         empty_LD: Tensor,
@@ -58,7 +59,7 @@ class ConsistencyObjective(nn.Module):
             raise ValueError(f"found guidance_scale={guidance_scale}; required 1 (none) or more")
         if len(scheduler.alphas_cumprod) < NUM_SOLVER_STEPS:
             raise ValueError(f"found {len(scheduler.alphas_cumprod)} times; required {NUM_SOLVER_STEPS} or more")
-        self.unet, self._guidance_scale, self._seed = unet, guidance_scale, seed
+        self.denoiser, self._guidance_scale, self._seed = denoiser, guidance_scale, seed
         self._teacher = (teacher,)  # in a tuple, so that nobody trains, shards or saves it
         self._is_velocity = str(scheduler.config.prediction_type) == "v_prediction"
         self.alphas_T: Tensor
@@ -91,10 +92,6 @@ class ConsistencyObjective(nn.Module):
     def _alpha(self, time_B: Tensor) -> Tensor:
         return self.alphas_T[time_B].view(-1, 1, 1, 1)
 
-    def _predict(self, unet: nn.Module, noised_BCHW: Tensor, time_B: Tensor, text_BLD: Tensor) -> Tensor:
-        predicted: Tensor = unet(noised_BCHW, time_B, encoder_hidden_states=text_BLD, return_dict=False)[0]
-        return predicted.float()
-
     def _clean_and_noise(self, predicted_BCHW: Tensor, noised_BCHW: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the clean latents and the noise that a prediction stands for."""
         signal, noise = self._alpha(time_B).sqrt(), (1 - self._alpha(time_B)).sqrt()
@@ -104,17 +101,17 @@ class ConsistencyObjective(nn.Module):
 
     def _step_of_teacher(self, start_BCHW: Tensor, start_B: Tensor, end_B: Tensor, caption: Tensor) -> Tensor:
         teacher = self._teacher[0]
-        guided_BCHW = self._predict(teacher, start_BCHW, start_B, caption)
+        guided_BCHW = families.predict(teacher, start_BCHW, start_B, caption).float()
         if self._guidance_scale > 1:
             empty_BLD = self.empty_LD.to(caption).expand_as(caption)
-            free_BCHW = self._predict(teacher, start_BCHW, start_B, empty_BLD)
+            free_BCHW = families.predict(teacher, start_BCHW, start_B, empty_BLD).float()
             guided_BCHW = free_BCHW + self._guidance_scale * (guided_BCHW - free_BCHW)
         clean_BCHW, noise_BCHW = self._clean_and_noise(guided_BCHW, start_BCHW, start_B)
         return self._alpha(end_B).sqrt() * clean_BCHW + (1 - self._alpha(end_B)).sqrt() * noise_BCHW
 
     def _land(self, noised_BCHW: Tensor, time_B: Tensor, caption: Tensor) -> Tensor:
         """Returns where the student lands; at time 0 that is where it is (equation 9)."""
-        predicted_BCHW = self._predict(self.unet, noised_BCHW, time_B, caption)
+        predicted_BCHW = families.predict(self.denoiser, noised_BCHW, time_B, caption).float()
         clean_BCHW, _ = self._clean_and_noise(predicted_BCHW, noised_BCHW, time_B)
         time_B111 = TIME_SCALING * time_B.view(-1, 1, 1, 1).float()
         kept_B111 = SIGMA_DATA**2 / (time_B111**2 + SIGMA_DATA**2)
@@ -122,9 +119,9 @@ class ConsistencyObjective(nn.Module):
         return kept_B111 * noised_BCHW + landed_B111 * clean_BCHW
 
 
-def frozen_copy(unet: nn.Module) -> nn.Module:
-    """Returns a copy of a UNet that is never trained: the teacher."""
-    return copy.deepcopy(unet).requires_grad_(False).eval()
+def frozen_copy(denoiser: nn.Module) -> nn.Module:
+    """Returns a copy of a denoiser that is never trained: the teacher."""
+    return copy.deepcopy(denoiser).requires_grad_(False).eval()
 
 
 def few_step_scheduler(teacher: Any) -> LCMScheduler:

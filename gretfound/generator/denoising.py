@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gretfound.generator import families
+
 GOLDEN_RATIO = 0.6180339887498949
 _SEED_STRIDE = 1_000_003
 
@@ -55,40 +57,60 @@ class TrainableCaptions(nn.Module):
 
 
 class DenoisingObjective(nn.Module):
-    """Mean squared error of the UNet's prediction of the noise (or the velocity) in noised latents.
+    """Mean squared error of a denoiser's prediction of the noise, the velocity or the flow in noised latents.
 
-    Source: Ho et al. 2020, eq. 14; velocity: Salimans and Ho 2022, appendix D; weights: Hang et al. 2023 (min-SNR),
-    eq. 8; dropped captions: Ho and Salimans 2022, algorithm 1.
+    Source: Ho et al. 2020, eq. 14; velocity: Salimans and Ho 2022, appendix D; flow: Esser et al. 2024 (Stable
+    Diffusion 3), eq. 13 and 14, its times by the logit-normal law of section 3.1; weights: Hang et al. 2023 (min-SNR),
+    eq. 8, which is min(SNR, gamma) times the squared error of the clean latents, so that flows have it too;
+    dropped captions: Ho and Salimans 2022, algorithm 1; offset: N. Guttenberg 2023, "Diffusion with offset noise".
 
     Args:
-        unet: Denoiser; called as diffusers calls a `UNet2DConditionModel`.
-        scheduler: Holds `alphas_cumprod` and whether noise (``epsilon``) or velocity (``v_prediction``) is predicted.
+        denoiser: Called as `families.predict` calls it.
+        scheduler: Holds `alphas_cumprod` and whether noise (``epsilon``) or velocity (``v_prediction``) is predicted;
+            or the `sigmas` of a flow.
         captions: `EncodedCaptions` or `TrainableCaptions`.
         caption_dropout: Share of images that see the empty caption, for classifier-free guidance.
         min_snr_gamma: Largest signal-to-noise ratio that weighs as such; None weighs all times alike.
+        offset_noise: Deviation of a shift of each channel's noise as a whole; 0 is none.
         seed: Seeds times, noise and dropped captions.
     """
 
     def __init__(
         self,
         *,
-        unet: nn.Module,
+        denoiser: nn.Module,
         scheduler: Any,
         captions: EncodedCaptions | TrainableCaptions,
         caption_dropout: float = 0.1,
         min_snr_gamma: float | None = None,
+        offset_noise: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout < 1:
             raise ValueError(f"found caption_dropout={caption_dropout}; required 0 to below 1")
-        self.unet, self.captions = unet, captions
-        self._prediction = str(scheduler.config.prediction_type)
-        if self._prediction not in ("epsilon", "v_prediction"):
+        self.denoiser, self.captions = denoiser, captions
+        self._prediction = "flow" if is_flow(scheduler) else str(scheduler.config.prediction_type)
+        if self._prediction not in ("flow", "epsilon", "v_prediction"):
             raise ValueError(f"found a scheduler that predicts {self._prediction!r}; required epsilon or v_prediction")
-        self._caption_dropout, self._min_snr_gamma, self._seed = caption_dropout, min_snr_gamma, seed
-        self.alphas_T: Tensor
-        self.register_buffer("alphas_T", scheduler.alphas_cumprod.clone().float(), persistent=False)
+        self._caption_dropout, self._min_snr_gamma = caption_dropout, min_snr_gamma
+        self._offset_noise, self._seed = offset_noise, seed
+        self.signal_T: Tensor
+        self.noise_T: Tensor
+        self.told_T: Tensor
+        if self._prediction == "flow":
+            noise_T = type(scheduler).from_config(scheduler.config).sigmas.flip(0).float()  # set_timesteps changes them
+            signal_T, told_T = 1 - noise_T, noise_T * scheduler.config.num_train_timesteps
+        else:
+            alphas_T = scheduler.alphas_cumprod.clone().float()
+            signal_T, noise_T, told_T = alphas_T.sqrt(), (1 - alphas_T).sqrt(), torch.arange(len(alphas_T))
+        for name, values_T in (("signal_T", signal_T), ("noise_T", noise_T), ("told_T", told_T)):
+            self.register_buffer(name, values_T, persistent=False)
+
+    @property
+    def num_times(self) -> int:
+        """How many degrees of noise there are."""
+        return len(self.told_T)
 
     def forward(self, latents_BCHW: Tensor, caption: Tensor, position_B: Tensor) -> Tensor:
         """Returns the loss.
@@ -98,45 +120,62 @@ class DenoisingObjective(nn.Module):
             caption: Of each image, as ``captions`` reads it.
             position_B: Each image's position in the run, from 0.
         """
-        share_B, kept_B, noise_BCHW = draw_noise(self._seed, position_B, latents_BCHW.shape[1:])
-        num_times = len(self.alphas_T)
-        time_B = (share_B * num_times).long().clamp(max=num_times - 1).to(latents_BCHW.device)
+        share_B, kept_B, noise_BCHW = draw_noise(
+            self._seed, position_B, latents_BCHW.shape[1:], offset=self._offset_noise
+        )
+        if self._prediction == "flow":
+            share_B = torch.special.ndtri(share_B.double()).sigmoid()
+        time_B = (share_B * self.num_times).long().clamp(max=self.num_times - 1).to(latents_BCHW.device)
         noise_BCHW = noise_BCHW.to(latents_BCHW)
         text_BLD = self.captions(caption, (kept_B < self._caption_dropout).to(caption.device))
         error_B = self.errors(latents_BCHW, text_BLD, time_B, noise_BCHW)
         if self._min_snr_gamma is not None:
-            alpha_B = self.alphas_T[time_B]
-            snr_B = alpha_B / (1 - alpha_B)
-            is_velocity = self._prediction == "v_prediction"
-            error_B = error_B * snr_B.clamp(max=self._min_snr_gamma) / (snr_B + 1 if is_velocity else snr_B)
+            snr_B = (self.signal_T[time_B] / self.noise_T[time_B]).square()
+            # What a prediction's squared error is as one of the clean latents.
+            to_clean_B = 1 / snr_B if self._prediction == "epsilon" else self.noise_T[time_B].square()
+            error_B = error_B * snr_B.clamp(max=self._min_snr_gamma) * to_clean_B
         loss: Tensor = error_B.mean()
         return loss
 
+    def predict(self, noised_BCHW: Tensor, time_B: Tensor, text_BLD: Tensor) -> Tensor:
+        """Returns the denoiser's prediction for latents that are noised to the degree ``time_B``, as float32."""
+        dtype = next(self.denoiser.parameters()).dtype
+        return families.predict(
+            self.denoiser, noised_BCHW.to(dtype), self.told_T[time_B], text_BLD.to(dtype)
+        ).float()  # fmt: skip
+
     def errors(self, latents_BCHW: Tensor, text_BLD: Tensor, time_B: Tensor, noise_BCHW: Tensor) -> Tensor:
-        """Returns each image's mean squared error at given times and noise, without weights, shape (B,).
+        """Returns each image's mean squared error at given degrees of noise, without weights, shape (B,).
 
         Args:
             latents_BCHW: Scaled clean latents.
             text_BLD: Embeddings of the captions.
-            time_B: Steps of the scheduler, integers from 0.
+            time_B: Degrees of noise, integers from 0 to below `num_times`.
             noise_BCHW: Standard normal.
         """
-        alpha_B111 = self.alphas_T[time_B].view(-1, 1, 1, 1)
-        noised_BCHW = alpha_B111.sqrt() * latents_BCHW + (1 - alpha_B111).sqrt() * noise_BCHW
-        is_velocity = self._prediction == "v_prediction"
-        target_BCHW = (
-            alpha_B111.sqrt() * noise_BCHW - (1 - alpha_B111).sqrt() * latents_BCHW if is_velocity else noise_BCHW
-        )
-        dtype = next(self.unet.parameters()).dtype
-        predicted_BCHW = self.unet(
-            noised_BCHW.to(dtype), time_B, encoder_hidden_states=text_BLD.to(dtype), return_dict=False
-        )[0]
-        error_B: Tensor = (predicted_BCHW.float() - target_BCHW.float()).square().mean(dim=(1, 2, 3))
+        signal_B111, noise_B111 = (each_T[time_B].view(-1, 1, 1, 1) for each_T in (self.signal_T, self.noise_T))
+        noised_BCHW = signal_B111 * latents_BCHW + noise_B111 * noise_BCHW
+        match self._prediction:
+            case "epsilon":
+                target_BCHW = noise_BCHW
+            case "v_prediction":
+                target_BCHW = signal_B111 * noise_BCHW - noise_B111 * latents_BCHW
+            case _:
+                target_BCHW = noise_BCHW - latents_BCHW
+        predicted_BCHW = self.predict(noised_BCHW, time_B, text_BLD)
+        error_B: Tensor = (predicted_BCHW - target_BCHW.float()).square().mean(dim=(1, 2, 3))
         return error_B
 
 
-def draw_noise(seed: int, position_B: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws each image's randomness from the seed and its position alone.
+def is_flow(scheduler: Any) -> bool:
+    """Tells whether a pipeline's scheduler follows a flow, and not a diffusion."""
+    return not hasattr(scheduler, "alphas_cumprod")
+
+
+def draw_noise(
+    seed: int, position_B: Tensor, shape: tuple[int, ...], *, offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws each image's randomness from the seed and its position alone; ``offset`` shifts the noise of each channel.
 
     Times are an additive recurrence, which covers [0, 1) more evenly than independent draws.
 
@@ -145,12 +184,14 @@ def draw_noise(seed: int, position_B: Tensor, shape: tuple[int, ...]) -> tuple[T
     Returns:
         Shares of the time axis in [0, 1), shape (B,); uniform draws in [0, 1), shape (B,); normal noise (B, *shape).
     """
-    offset = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+    first = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
     noise, uniform = [], []
     positions = position_B.tolist()
     for position in positions:
         generator = torch.Generator().manual_seed((seed * _SEED_STRIDE + position + 1) % 2**63)
         uniform.append(torch.rand((), generator=generator))
         noise.append(torch.randn(shape, generator=generator))
-    share_B = torch.tensor([(offset + position * GOLDEN_RATIO) % 1.0 for position in positions])
+        if offset:
+            noise[-1] += offset * torch.randn((shape[0], *(1,) * (len(shape) - 1)), generator=generator)
+    share_B = torch.tensor([(first + position * GOLDEN_RATIO) % 1.0 for position in positions])
     return share_B, torch.stack(uniform), torch.stack(noise)

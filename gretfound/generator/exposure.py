@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from gretfound import fundus, storage
-from gretfound.generator import denoising, finetune, latents, pipeline
+from gretfound.generator import denoising, families, finetune, latents, pipeline
 from gretfound.generator.squares import Square
 
 # A thousandth of the noising each; where membership shows most, by trust.md, section 3 (G4).
@@ -61,18 +61,20 @@ def gains(
 def _errors(base_path: Path, adapter_path: Path | None, squares: list[Square], *, seed: int, device: str) -> Floats:
     generator = pipeline.load_pipeline(base_path, adapter_path=adapter_path, device=device)
     with storage.scratch_folder() as folder:
-        named = zip(map(str, range(len(squares))), finetune.resized(squares, latents.native_px(generator)), strict=True)
+        named = zip(
+            map(str, range(len(squares))), finetune.resized(squares, families.native_px(generator)), strict=True
+        )
         latents.encode_squares(named, Path(folder) / "cache", base=generator)
         encoded = latents.lay_out([Path(folder) / "cache"], Path(folder) / "rows")
         row_N = latents.NUM_VIEWS * torch.arange(len(squares))
         latents_NCHW = encoded.latents[row_N].to(device)
-        text_NLD = encoded.text[encoded.caption_numbers[row_N]].to(device)
+        text_NLD = encoded.text[encoded.caption_numbers[row_N, 0]].to(device)
         captions = denoising.EncodedCaptions(encoded.empty_text)
-    objective = denoising.DenoisingObjective(unet=generator.unet, scheduler=generator.scheduler, captions=captions).to(
-        device
-    )
+    objective = denoising.DenoisingObjective(
+        denoiser=families.denoiser_of(generator), scheduler=generator.scheduler, captions=captions
+    ).to(device)
     total_N = torch.zeros(len(squares), dtype=torch.float64)
-    for time, noise_CHW in _trials(len(objective.alphas_T), latents_NCHW.shape[1:], seed=seed):
+    for time, noise_CHW in _trials(objective.num_times, latents_NCHW.shape[1:], seed=seed):
         errors = [
             objective.errors(
                 latents_BCHW,

@@ -10,6 +10,7 @@ mirror image; numbers are float32. A training lays caches out as files of rows o
 step from there, so that its memory does not grow with the number of photographs.
 """
 
+import functools
 import itertools
 import json
 import logging
@@ -26,19 +27,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from gretfound import fundus, lineage, storage
+from gretfound import fundus, lineage, metadata, storage
 from gretfound.errors import ConfigError
-from gretfound.generator import autoencoding, pipeline, squares
+from gretfound.generator import autoencoding, families, squares
 from gretfound.generator.squares import Square
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 VERSION = 1  # of what a cache holds: raise it when squares, captions or the files change
 CAPTIONS_NAME, LATENTS_NAME = "captions.parquet", "latents.parquet"
-ENCODING_FOLDERS = ("text_encoder", "tokenizer", "vae")  # of a pipeline: what its latents and embeddings depend on
+# Of a pipeline: what its latents and embeddings depend on.
+ENCODING_FOLDERS = (
+    "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "vae",
+)  # fmt: skip
 NUM_VIEWS = 2
 ENCODE_BATCH = 16
 CAPTION_BATCH = 64
@@ -78,7 +82,8 @@ class EncodedPhotographs:
         latents: Of photograph p in view v, the row ``2 p + v``.
         text: Embeddings of ``captions``.
         captions: Each once; the empty one is among them.
-        caption_numbers: The place in ``captions`` of each row of ``latents``.
+        caption_numbers: The places in ``captions`` of each row of ``latents``, (rows, ways): the caption whole, or as
+            `metadata.shortened` in each way.
     """
 
     latents: Rows
@@ -97,16 +102,21 @@ class EncodedPhotographs:
         return self.text[torch.tensor([self.captions.index("")])][0]
 
 
-def key_of(base_files: Iterable[tuple[str, str]], *, shard_sha256: str, resolution_px: int) -> str:
+def key_of(
+    base_files: Iterable[tuple[str, str]], *, shard_sha256: str, resolution_px: int, cell_dropout: float = 0.0
+) -> str:
     """Names a cache by all that its content depends on, so that one that is there is the right one.
 
     Args:
         base_files: Relative path and SHA-256 of the base pipeline's files.
         shard_sha256: Of the shard.
         resolution_px: Side of the squares.
+        cell_dropout: See `encode_squares`.
     """
     encoders = sorted((path, sha256) for path, sha256 in base_files if path.split("/")[0] in ENCODING_FOLDERS)
-    return lineage.digest_of([VERSION, encoders, shard_sha256, resolution_px])
+    return lineage.digest_of(
+        [VERSION, encoders, shard_sha256, resolution_px, *([cell_dropout] if cell_dropout else [])]
+    )  # fmt: skip
 
 
 def encoding_files(base_path: Path) -> list[tuple[str, str]]:
@@ -116,17 +126,13 @@ def encoding_files(base_path: Path) -> list[tuple[str, str]]:
     return [(str(path.relative_to(base_path)), sha256) for path, sha256, _ in described]
 
 
-def native_px(base: StableDiffusionPipeline) -> int:
-    """Returns the side of the photographs that a pipeline was trained on."""
-    return int(base.unet.config.sample_size * base.vae_scale_factor)
-
-
 def encode_shard(
     shard_path: Path,
     cache_path: Path,
     *,
-    base: StableDiffusionPipeline,
+    base: DiffusionPipeline,
     resolution_px: int,
+    cell_dropout: float = 0.0,
     left_out: Collection[str] = (),
     on_decoding: Callable[[str], object] = lambda _: None,
 ) -> int:
@@ -137,6 +143,7 @@ def encode_shard(
         cache_path: The cache's folder; an earlier one is replaced.
         base: The pipeline whose autoencoder and text encoder are used.
         resolution_px: Side of the squares.
+        cell_dropout: See `encode_squares`.
         left_out: Image ids of photographs that are not touched.
         on_decoding: Told the image id of each photograph before it is decoded, and ``""`` after.
 
@@ -163,14 +170,14 @@ def encode_shard(
                 on_decoding("")
             yield image_id, square
 
-    num_images = encode_squares(readable(), cache_path, base=base)
+    num_images = encode_squares(readable(), cache_path, base=base, cell_dropout=cell_dropout)
     if num_unreadable:
         log.warning("%d photograph(s) could not be read and are left out", num_unreadable)
     return num_images
 
 
 def encode_squares(
-    photographs: Iterable[tuple[str, Square]], cache_path: Path, *, base: StableDiffusionPipeline
+    photographs: Iterable[tuple[str, Square]], cache_path: Path, *, base: DiffusionPipeline, cell_dropout: float = 0.0
 ) -> int:
     """Encodes photographs, their mirror images and their captions into a cache; one that is cut short is never seen.
 
@@ -178,6 +185,7 @@ def encode_squares(
         photographs: Image id and square of each.
         cache_path: The cache's folder; an earlier one is replaced.
         base: The pipeline whose autoencoder and text encoder are used.
+        cell_dropout: Captions are also encoded as `metadata.shortened` makes them of this share; 0: whole only.
 
     Returns:
         The number of photographs.
@@ -196,7 +204,8 @@ def encode_squares(
             written = [square for _, square in block]
             latents_VBChw = _encode_views(base, written)
             for each in written:
-                captions.update({each.caption: None, each.mirrored_caption: None})
+                for caption in (each.caption, each.mirrored_caption):
+                    captions.update(dict.fromkeys(_ways(caption, cell_dropout)))
             words = {
                 "image_id": [image_id for image_id, _ in block],
                 "caption": [each.caption for each in written],
@@ -214,10 +223,19 @@ def encode_squares(
     return num_images
 
 
-def _encode_views(base: StableDiffusionPipeline, photographs: Sequence[Square]) -> Tensor:
+def _ways(caption: str, cell_dropout: float) -> list[str]:
+    """Returns the captions that a training draws from in the place of one."""
+    if not cell_dropout:
+        return [caption]
+    return [
+        metadata.shortened(caption, way, cell_dropout=cell_dropout) for way in range(metadata.NUM_SHORTENED)
+    ]  # fmt: skip
+
+
+def _encode_views(base: DiffusionPipeline, photographs: Sequence[Square]) -> Tensor:
     """Returns the latents (view, B, C, h, w) of photographs and their mirror images."""
     pixels_BCHW = squares.as_tensor([each.pixels for each in photographs])
-    deepest = base.vae_scale_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
+    deepest = families.side_step_px(base)
     if pixels_BCHW.shape[-1] % deepest:
         raise ConfigError(f"resolution_px={pixels_BCHW.shape[-1]} must be a multiple of {deepest} for this base")
     # Blocks of one length: a photograph's latents must not depend on how many others there are.
@@ -228,13 +246,12 @@ def _encode_views(base: StableDiffusionPipeline, photographs: Sequence[Square]) 
 
 
 @torch.inference_mode()
-def embed_captions(base: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
+def embed_captions(base: DiffusionPipeline, captions: Sequence[str]) -> Tensor:
     """Returns the embeddings (B, L, D) of captions, on the CPU; one does not depend on how many others there are."""
     blocks = []
     for first in range(0, len(captions), CAPTION_BATCH):
         listed = list(captions[first : first + CAPTION_BATCH])
-        ids_NL = pipeline.caption_ids(base.tokenizer, [*listed, *[""] * (CAPTION_BATCH - len(listed))])
-        text_NLD = base.text_encoder(ids_NL.to(base.text_encoder.device)).last_hidden_state
+        text_NLD = families.embed(base, [*listed, *[""] * (CAPTION_BATCH - len(listed))])
         blocks.append(text_NLD[: len(listed)].float().cpu())
     return torch.cat(blocks)
 
@@ -275,13 +292,16 @@ class _Writer:
         self._parquet.write_table(pa.Table.from_arrays(columns, schema=self._parquet.schema), row_group_size=ROW_GROUP)
 
 
-def lay_out(cache_paths: Sequence[Path], rows_path: Path, *, left_out: Collection[str] = ()) -> EncodedPhotographs:
+def lay_out(
+    cache_paths: Sequence[Path], rows_path: Path, *, left_out: Collection[str] = (), cell_dropout: float = 0.0
+) -> EncodedPhotographs:
     """Lays caches out as rows that can be read in any order.
 
     Args:
         cache_paths: Caches of one base and size, in the order of their shards.
         rows_path: A folder for the rows; what an earlier call left there is replaced.
         left_out: Image ids of photographs that are not to be read (`gretfound.holdout`).
+        cell_dropout: That of the caches.
 
     Raises:
         ConfigError: If no photograph is left.
@@ -289,7 +309,8 @@ def lay_out(cache_paths: Sequence[Path], rows_path: Path, *, left_out: Collectio
     rows_path.mkdir(parents=True, exist_ok=True)
     unwanted = frozenset(left_out)
     numbers: dict[str, int] = {}
-    caption_numbers: list[int] = []
+    caption_numbers: list[list[int]] = []
+    ways_of = functools.cache(lambda caption: [numbers[each] for each in _ways(caption, cell_dropout)])
     text_shape: tuple[int, ...] = ()
     latents_shape: tuple[int, ...] = ()
     with (rows_path / "text").open("wb") as text, (rows_path / "latents").open("wb") as rows:
@@ -306,7 +327,7 @@ def lay_out(cache_paths: Sequence[Path], rows_path: Path, *, left_out: Collectio
                 captions = zip(block["caption"].to_pylist(), block["mirrored_caption"].to_pylist(), strict=True)
                 for image_id, pair, view_VI in zip(block["image_id"].to_pylist(), captions, views, strict=True):
                     if image_id not in unwanted:
-                        caption_numbers.extend(numbers[caption] for caption in pair)
+                        caption_numbers.extend(ways_of(caption) for caption in pair)
                         rows.write(view_VI.tobytes())
     if not caption_numbers:
         raise ConfigError("found no readable photograph that is not left out; required at least one")
@@ -333,17 +354,18 @@ def _numbers(column: Any) -> Floats:
 
 
 def latent_batches(
-    photographs: EncodedPhotographs, *, batch_size: int, seed: int, has_text: bool = True
+    photographs: EncodedPhotographs, *, batch_size: int, seed: int, accumulation: int = 1, has_text: bool = True
 ) -> Callable[[int], Iterator[dict[str, Tensor]]]:
     """Returns a stream of batches that is a pure function of the position in the run.
 
-    Every epoch is a permutation, each image is mirrored or not by a fair coin of its position; with several workers
-    each takes every n-th image of a step.
+    Every epoch is a permutation, each image is mirrored or not by a fair coin of its position, and its caption is whole
+    or shortened by another draw; with several workers each takes every n-th image of a step.
 
     Args:
         photographs: What to read.
         batch_size: Photographs a step, over all workers.
-        seed: Decides order and views.
+        seed: Decides order, views and captions.
+        accumulation: Batches that a step is given in.
         has_text: Whether ``caption`` is the captions' embeddings (B, L, D); else it is their numbers (B).
     """
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -351,17 +373,20 @@ def latent_batches(
         (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
     )
 
+    num_ways = photographs.caption_numbers.shape[1]
+
     def stream(images_seen: int) -> Iterator[dict[str, Tensor]]:
         for first in itertools.count(images_seen, batch_size):
-            position_B = torch.arange(first + worker, first + batch_size, num_workers)
-            photograph_B, view_B = order_at(position_B, num_images=photographs.num_images, seed=seed)
-            row_B = NUM_VIEWS * photograph_B + view_B
-            caption_B = photographs.caption_numbers[row_B]
-            yield {
-                "latents_BCHW": photographs.latents[row_B],
-                "caption": photographs.text[caption_B] if has_text else caption_B,
-                "position_B": position_B,
-            }
+            step_B = torch.arange(first + worker, first + batch_size, num_workers)
+            for position_B in step_B.chunk(accumulation):
+                photograph_B, view_B = order_at(position_B, num_images=photographs.num_images, seed=seed)
+                row_B = NUM_VIEWS * photograph_B + view_B
+                caption_B = photographs.caption_numbers[row_B, way_at(position_B, num_ways=num_ways, seed=seed)]
+                yield {
+                    "latents_BCHW": photographs.latents[row_B],
+                    "caption": photographs.text[caption_B] if has_text else caption_B,
+                    "position_B": position_B,
+                }
 
     return stream
 
@@ -377,3 +402,11 @@ def order_at(position_B: Tensor, *, num_images: int, seed: int) -> tuple[Tensor,
         photographs.append(int(epoch_order[epoch][index]))
         views.append(int(np.random.default_rng([seed, 2, position]).integers(NUM_VIEWS)))
     return torch.tensor(photographs), torch.tensor(views)
+
+
+def way_at(position_B: Tensor, *, num_ways: int, seed: int) -> Tensor:
+    """Returns in which of the ways the caption at each position of a run is shortened."""
+    if num_ways == 1:
+        return torch.zeros_like(position_B)
+    drawn = [np.random.default_rng([seed, 3, position]).integers(num_ways) for position in position_B.tolist()]
+    return torch.tensor(drawn)

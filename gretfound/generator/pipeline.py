@@ -7,16 +7,16 @@ pipeline implies, key by key, and merged into a copy of that pipeline. Contribut
 
 import itertools
 import json
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -26,22 +26,22 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from gretfound import storage
 from gretfound.errors import ConfigError, ContributionRejected, LineageError, StorageError
-from gretfound.generator import autoencoding, consistency
+from gretfound.generator import autoencoding, consistency, families
 from gretfound.generator.adapter import (
     ADAPTER_TENSORS,
+    DENOISER_WEIGHTS,
     TARGET_MODULES,
-    UNET_WEIGHTS,
     AdapterTerms,
+    denoiser_weights,
     read_terms,
     write_terms,
 )
 from gretfound.lineage import Generator
 
-log = logging.getLogger(__name__)
 _COMPONENT_LIBRARIES = ("diffusers", "transformers")
-_NETWORKS = {"text_encoder", "unet", "vae"}
-_KNOWN_COMPONENTS = _NETWORKS | {"tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder"}
+_REQUIRED = ("scheduler", "text_encoder", "tokenizer", "vae")
 _DESCRIPTIONS = ("config.json", "model_index.json", "tokenizer_config.json")
+ONE_FILE = "1TB"  # an adapter is bound to the digest of one file of weights
 _WHENCE = ("_name_or_path", "is_local", "local_files_only")
 _TOKEN_START, _TOKEN_END = "<|startoftext|>", "<|endoftext|>"
 
@@ -210,23 +210,20 @@ def caption_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     Returns:
         Integers of shape (len(captions), max tokens).
     """
-    num_cut = sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(list(captions), verbose=False).input_ids)
-    if num_cut:
-        log.warning("%d of %d captions are longer than %d tokens and are cut", num_cut, len(captions),
-                    tokenizer.model_max_length)  # fmt: skip
+    families.warn_of_cut(tokenizer, captions)
     encoded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
     ids_BL: Tensor = encoded.input_ids
     return ids_BL
 
 
-def save_pipeline(pipeline: StableDiffusionPipeline, path: Path) -> Path:
+def save_pipeline(pipeline: DiffusionPipeline, path: Path) -> Path:
     """Writes a diffusers folder; one that is cut short is never seen under ``path``.
 
     Equal pipelines give equal bytes: where a pipeline was loaded from, which the libraries note, is left out.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, safe_serialization=True)
+    pipeline.save_pretrained(partial, safe_serialization=True, max_shard_size=ONE_FILE)
     for described in (each for each in partial.rglob("*.json") if each.name in _DESCRIPTIONS):
         content = json.loads(described.read_text())
         kept = {name: value for name, value in content.items() if name not in _WHENCE}
@@ -242,12 +239,12 @@ def load_pipeline(
     adapter_path: Path | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> StableDiffusionPipeline:
-    """Loads a trusted diffusers folder from a local disk, without network or code from the folder.
+) -> DiffusionPipeline:
+    """Loads a trusted diffusers folder of one of the `families` from a local disk, without network or code from it.
 
     Args:
         path: The folder; `fetch_base` brings one here.
-        adapter_path: An adapter's folder to merge into the UNet.
+        adapter_path: An adapter's folder to merge into the denoiser.
         device: Torch device.
         dtype: Floating-point type of all networks.
 
@@ -255,47 +252,51 @@ def load_pipeline(
         StorageError: If the folder is no pipeline that this room supports; names the component.
         ContributionRejected: If the adapter does not fit.
     """
-    _check_components(path)
+    family, components = _check_components(path)
+    unused: dict[str, Any] = {}
+    match family:
+        case "StableDiffusionPipeline":
+            unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        case "StableDiffusionXLPipeline":
+            unused = {"add_watermarker": False}
+        case "StableDiffusion3Pipeline":
+            unused = dict.fromkeys({"text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"} - components)
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            dtype=dtype,
+        loaded = getattr(diffusers, family).from_pretrained(
+            path, local_files_only=True, use_safetensors=True, dtype=dtype, **unused
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise StorageError(f"the pipeline folder {path} could not be loaded: {error}") from error
     if adapter_path is not None:
-        _merge_adapter(pipeline.unet, adapter_path, base_sha256=unet_sha256(path))
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.unet.eval()
-    pipeline.vae.eval()
-    pipeline.text_encoder.eval()
-    return pipeline.to(device)
+        _merge_adapter(families.denoiser_of(loaded), adapter_path, base_sha256=denoiser_sha256(path))
+    loaded.set_progress_bar_config(disable=True)
+    for network in families.networks_of(loaded):
+        network.eval()
+    return loaded.to(device)
 
 
-def _check_components(path: Path) -> None:
+def _check_components(path: Path) -> tuple[str, set[str]]:
+    """Returns a folder's family and components, if every one of them can be loaded."""
     try:
         index = json.loads((path / "model_index.json").read_text())
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is no diffusers pipeline folder: model_index.json: {error}") from error
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        components = {name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
-        odd, absent = sorted(components - _KNOWN_COMPONENTS), sorted(_NETWORKS - components)
+    family = str(index.get("_class_name"))
+    components = {name: kind for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
+    if family not in families.DENOISERS:
         raise StorageError(
-            f"found a {index.get('_class_name')!r} in {path}, with {', '.join(odd) or 'nothing more'} and without "
-            f"{', '.join(absent) or 'nothing'}; supported: 'StableDiffusionPipeline' (Stable Diffusion 1.x and 2.x). "
-            "One UNet is trained, on latents of one VAE and the embeddings of one text encoder; give such a base"
+            f"found a {family!r} in {path}, of {', '.join(sorted(components))}; supported: "
+            f"{', '.join(families.DENOISERS)}. How another one tells its denoiser of a caption is not known here"
         )
-    for component, kind in index.items():
-        if isinstance(kind, list) and kind[0] is not None and kind[0] not in _COMPONENT_LIBRARIES:
-            # Stable Diffusion 1.x names its safety checker so; it is not loaded.
-            if component == "safety_checker":
-                continue
-            raise StorageError(f"the component {component!r} in {path} comes from {kind[0]!r}, which is not loaded")
+    if missing := sorted({*_REQUIRED, families.DENOISERS[family]} - set(components)):
+        raise StorageError(
+            f"the {family!r} in {path} has no {', '.join(missing)}; required for fine-tuning and drawing"
+        )
+    for component, (library, *_) in components.items():
+        # Stable Diffusion 1.x names its safety checker so; it is not loaded.
+        if library not in _COMPONENT_LIBRARIES and component != "safety_checker":
+            raise StorageError(f"the component {component!r} in {path} comes from {library!r}, which is not loaded")
+    return family, set(components)
 
 
 def fetch_base(base: str, *, hub_uri: str | None, folder_path: Path) -> Path:
@@ -332,46 +333,48 @@ def fetch_base(base: str, *, hub_uri: str | None, folder_path: Path) -> Path:
     return folder_path
 
 
-def unet_sha256(path: Path) -> str:
-    """Returns the digest of the UNet's weights in a pipeline folder: what an adapter is bound to."""
-    weights = path / UNET_WEIGHTS
-    if not weights.is_file():
-        raise StorageError(f"{path} holds no unet/{weights.name}; save the pipeline as safetensors, in one file")
-    return storage.sha256_of(weights)
+def denoiser_sha256(path: Path) -> str:
+    """Returns the digest of the denoiser's weights in a pipeline folder: what an adapter is bound to."""
+    weights_path = denoiser_weights(path)
+    if not weights_path.is_file():
+        raise StorageError(
+            f"{path} holds neither {' nor '.join(DENOISER_WEIGHTS)}; save the pipeline as safetensors, in one file"
+        )
+    return storage.sha256_of(weights_path)
 
 
 def add_lora(
-    unet: UNet2DConditionModel, *, rank: int, alpha: float, target_modules: Sequence[str] = TARGET_MODULES
+    denoiser: nn.Module, *, rank: int, alpha: float, target_modules: Sequence[str] = TARGET_MODULES
 ) -> list[nn.Parameter]:
-    """Freezes a UNet and puts trainable low-rank factors beside its matrices.
+    """Freezes a denoiser and puts trainable low-rank factors beside its matrices.
 
     Source: Hu et al. 2021, LoRA, section 4.1; the second factor starts at zero, so the output does not change.
 
     Returns:
         The trainable parameters.
     """
-    unet.requires_grad_(False)
-    unet_targets = [name for name in target_modules if _has_module(unet, name)]
+    denoiser.requires_grad_(False)
+    targets = [name for name in target_modules if _has_module(denoiser, name)]
     inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=unet_targets, init_lora_weights=True), unet
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True), denoiser
     )
-    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
 
 
-def _has_module(unet: nn.Module, target: str) -> bool:
-    return any(name == target or name.endswith(f".{target}") for name, _ in unet.named_modules())
+def _has_module(denoiser: nn.Module, target: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name, _ in denoiser.named_modules())
 
 
-def adapter_tensors(unet_weights: Mapping[str, Tensor], *, method: str) -> dict[str, Tensor]:
-    """Picks what leaves a training run: the low-rank factors, or the whole UNet.
+def adapter_tensors(weights: Mapping[str, Tensor], *, method: str) -> dict[str, Tensor]:
+    """Picks what leaves a training run: the low-rank factors, or the whole denoiser.
 
     Args:
-        unet_weights: A UNet's parameters by name, as they are while `add_lora` is in force.
+        weights: A denoiser's weights by name, as they are while `add_lora` is in force.
         method: ``lora`` or ``full``.
     """
     if method == "full":
-        return dict(unet_weights)
-    named = {name.replace(".default.", "."): tensor for name, tensor in unet_weights.items()}
+        return dict(weights)
+    named = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
     return {name: tensor for name, tensor in named.items() if ".lora_A." in name or ".lora_B." in name}
 
 
@@ -379,8 +382,8 @@ def save_adapter(path: Path, *, tensors: Mapping[str, Tensor], terms: AdapterTer
     """Writes an adapter folder: tensors and terms, nothing else; one that is cut short is never seen under ``path``.
 
     Low-rank factors are rounded to bfloat16, here and nowhere else: the low bits of wider numbers hold nothing that the
-    training means and room for what somebody else does. A whole UNet keeps its numbers: rounding them would lose more
-    than a fine-tuning changes.
+    training means and room for what somebody else does. A whole denoiser keeps its numbers: rounding them would lose
+    more than a fine-tuning changes.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -413,36 +416,36 @@ def install_adapter(base_path: Path, adapter_path: Path, out_path: Path, *, is_f
     return save_pipeline(merged, out_path)
 
 
-def _merge_adapter(unet: UNet2DConditionModel, adapter_path: Path, *, base_sha256: str) -> None:
+def _merge_adapter(denoiser: nn.Module, adapter_path: Path, *, base_sha256: str) -> None:
     terms = read_terms(adapter_path)
     if terms.base_sha256 != base_sha256:
         raise LineageError(
-            f"the adapter was trained from the UNet {terms.base_sha256[:12]}, the base given is {base_sha256[:12]}; "
-            "give the base that the site received"
+            f"the adapter was trained from the denoiser {terms.base_sha256[:12]}, the base given is "
+            f"{base_sha256[:12]}; give the base that the site received"
         )
     tensors = _read_tensors(adapter_path / ADAPTER_TENSORS)
     if terms.method == "full":
-        _check_tensors(tensors, unet.state_dict())
-        unet.load_state_dict(tensors)
+        _check_tensors(tensors, denoiser.state_dict())
+        denoiser.load_state_dict(tensors)
         return
-    add_lora(unet, rank=terms.rank, alpha=terms.alpha, target_modules=terms.target_modules)
-    factors = adapter_tensors(dict(unet.named_parameters()), method="lora")
+    add_lora(denoiser, rank=terms.rank, alpha=terms.alpha, target_modules=terms.target_modules)
+    factors = adapter_tensors(dict(denoiser.named_parameters()), method="lora")
     _check_tensors(tensors, factors)
     with torch.no_grad():
         for name, factor in factors.items():
             factor.copy_(tensors[name])
-    merge_lora(unet)
+    merge_lora(denoiser)
 
 
-def merge_lora(unet: UNet2DConditionModel) -> None:
-    """Adds the low-rank products to the matrices and removes the factors, leaving a plain UNet."""
-    for name, module in list(unet.named_modules()):
+def merge_lora(denoiser: nn.Module) -> None:
+    """Adds the low-rank products to the matrices and removes the factors, leaving a plain denoiser."""
+    for name, module in list(denoiser.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
-            parent = unet.get_submodule(name.rpartition(".")[0])
+            parent = denoiser.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], module.get_base_layer())
-    if hasattr(unet, "peft_config"):
-        del unet.peft_config
+    if hasattr(denoiser, "peft_config"):
+        del denoiser.peft_config
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

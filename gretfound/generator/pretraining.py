@@ -56,7 +56,7 @@ def train_from_nothing(
     ids_NL = caption_ids(untrained.tokenizer, encoded.captions)
     untrained.unet.train()
     denoiser = denoising.DenoisingObjective(
-        unet=untrained.unet,
+        denoiser=untrained.unet,
         scheduler=untrained.scheduler,
         captions=denoising.TrainableCaptions(untrained.text_encoder, ids_NL, empty=encoded.captions.index("")),
         caption_dropout=caption_dropout,

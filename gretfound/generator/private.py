@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from gretfound import averaging, lineage, storage
 from gretfound.errors import ConfigError, ContributionRejected
-from gretfound.generator import adapter, denoising, finetune, latents, pipeline
+from gretfound.generator import adapter, denoising, families, finetune, latents, pipeline
 from gretfound.generator.latents import EncodedPhotographs
 from gretfound.generator.spending import LEDGER_NAME, Ledger, tier_of
 from gretfound.generator.squares import Square
@@ -171,7 +171,7 @@ def finetune_privately(
         ConfigError: If a photograph has no patient, epsilon is none, a factor was not trained, or a ledger is missing.
     """
     tier = tier_of(epsilon)
-    base_sha256 = pipeline.unet_sha256(base_path)
+    base_sha256 = pipeline.denoiser_sha256(base_path)
     shards = {storage.sha256_of(path): path for path in sorted(shard_path.glob("*.parquet"))}
     request = lineage.digest_of(
         [base_sha256, [*shards], epsilon, num_images_seen, batch_size,
@@ -183,7 +183,7 @@ def finetune_privately(
     if finished.adapter_path.is_dir():
         return finished
     base = pipeline.load_pipeline(base_path, device=device)
-    side_px = latents.native_px(base)
+    denoiser, side_px = families.denoiser_of(base), families.native_px(base)
     patients = _places_of_patients(shards.values(), left_out)
     num_photographs = sum(map(len, patients))
     patients += [torch.tensor([num_photographs + place]) for place in range(len(canaries))]
@@ -199,9 +199,9 @@ def finetune_privately(
     num_steps = max(1, round(num_images_seen / batch_size))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline.add_lora(base.unet, rank=lora_rank, alpha=lora_rank, target_modules=TARGET_MODULES)
+        pipeline.add_lora(denoiser, rank=lora_rank, alpha=lora_rank, target_modules=TARGET_MODULES)
     run = _Run(
-        unet=base.unet,
+        denoiser=denoiser,
         noise_multiplier=noise_multiplier_for(
             epsilon=epsilon, delta=delta, sample_rate=sample_rate, num_steps=num_steps
         ),
@@ -223,7 +223,7 @@ def finetune_privately(
     checkpoints_path = run_path / "checkpoints"
     run.restore(checkpoints_path)
     objective = denoising.DenoisingObjective(
-        unet=run.module,
+        denoiser=run.module,
         scheduler=base.scheduler,
         captions=denoising.EncodedCaptions(photographs.empty_text),
         caption_dropout=caption_dropout,
@@ -295,7 +295,7 @@ class _Run:
     def __init__(
         self,
         *,
-        unet: nn.Module,
+        denoiser: nn.Module,
         noise_multiplier: float,
         sample_rate: float,
         clip_norm: float,
@@ -304,11 +304,11 @@ class _Run:
         device: str,
     ) -> None:
         self.sample_rate, self._device = sample_rate, device
-        self.weights = {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
+        self.weights = {name: weight for name, weight in denoiser.named_parameters() if weight.requires_grad}
         self.averages = {
             name: nn.Parameter(weight.detach().clone(), requires_grad=False) for name, weight in self.weights.items()
         }
-        self.module = GradSampleModule(unet, loss_reduction="mean")
+        self.module = GradSampleModule(denoiser, loss_reduction="mean")
         self.accountant = PRVAccountant()
         self._sampling = torch.Generator().manual_seed(secrets.randbits(63))
         self._noise = torch.Generator(device=device).manual_seed(secrets.randbits(63))
@@ -365,7 +365,7 @@ class _Run:
         position_PK = (first + block_P)[:, None] * num_noisings + torch.arange(num_noisings)
         row_P = latents.NUM_VIEWS * photograph_P + view_P
         latents_PCHW = photographs.latents[row_P]
-        text_PLD = photographs.text[photographs.caption_numbers[row_P]]
+        text_PLD = photographs.text[photographs.caption_numbers[row_P, 0]]
         with warnings.catch_warnings():
             # Opacus 1.6 hooks modules whose inputs need no gradient, as the first layer's latents; torch says so.
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)

@@ -5,14 +5,15 @@ in. (Floating-point sums may differ in the last bit between batch sizes, at most
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
 from torch import Tensor
 
-from gretfound.generator.pipeline import caption_ids
+from gretfound.generator import denoising, families
 
 Pixels = npt.NDArray[np.uint8]
 _SEED_STRIDE = 1_000_003  # the noise between few steps is not that of the first latents
@@ -20,7 +21,7 @@ _SEED_STRIDE = 1_000_003  # the noise between few steps is not that of the first
 
 def draw_photographs(
     *,
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     captions: Sequence[str],
     seeds: Sequence[int],
     num_steps: int = 15,
@@ -32,7 +33,9 @@ def draw_photographs(
     A few-step generator (`gretfound.generator.consistency`) is told by its scheduler: it jumps to the end and back to a
     smaller noise ``num_steps`` times. Of 50 steps of its teacher's path it visits some, so at most 50 can be asked for.
 
-    Source: DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2); classifier-free guidance (Ho and Salimans
+    The solver is DPM-Solver++(2M), for a flow Euler's.
+
+    Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2; classifier-free guidance (Ho and Salimans
     2022, eq. 6); few steps: Luo et al. 2023 (arXiv:2310.04378), algorithm 3.
 
     Args:
@@ -55,19 +58,7 @@ def draw_photographs(
     is_few_step = isinstance(pipeline.scheduler, LCMScheduler)
     if is_few_step and guidance_scale != 1:
         raise ValueError(f"found guidance_scale={guidance_scale} for a few-step generator; required 1: it has its own")
-    scheduler = (
-        LCMScheduler.from_config(pipeline.scheduler.config)
-        if is_few_step
-        else DPMSolverMultistepScheduler.from_config(
-            pipeline.scheduler.config,
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            timestep_spacing="trailing",
-            steps_offset=0,
-        )
-    )
-    sampler = StableDiffusionPipeline(**{**pipeline.components, "scheduler": scheduler}, requires_safety_checker=False)
-    sampler.set_progress_bar_config(disable=True)
+    sampler = families.with_scheduler(pipeline, solver_of(pipeline.scheduler))
     for first in range(0, len(captions), batch_size):
         chunk = slice(first, first + batch_size)
         yield from _draw_batch(
@@ -75,14 +66,23 @@ def draw_photographs(
         )
 
 
+def solver_of(trained: Any) -> Any:
+    """Returns the scheduler that draws with a generator whose training had this one."""
+    if isinstance(trained, LCMScheduler) or denoising.is_flow(trained):
+        return type(trained).from_config(trained.config)
+    return DPMSolverMultistepScheduler.from_config(
+        trained.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing", steps_offset=0
+    )
+
+
 @torch.inference_mode()
 def _draw_batch(
-    sampler: StableDiffusionPipeline, captions: list[str], seeds: list[int], *, num_steps: int, guidance_scale: float
+    sampler: DiffusionPipeline, captions: list[str], seeds: list[int], *, num_steps: int, guidance_scale: float
 ) -> Iterator[Pixels]:
-    text_BLD = _embed(sampler, [*captions, ""])
+    text_BLD = families.embed(sampler, [*captions, ""])
+    empty_BLD = text_BLD[-1:].expand(len(captions), -1, -1)
     drawn = sampler(
-        prompt_embeds=text_BLD[:-1],
-        negative_prompt_embeds=text_BLD[-1:].expand(len(captions), -1, -1),
+        **families.told_to_draw(sampler, text_BLD[:-1], empty_BLD),
         latents=first_latents(sampler, seeds),
         generator=[torch.Generator().manual_seed((seed * _SEED_STRIDE + 1) % 2**63) for seed in seeds],
         num_inference_steps=num_steps,
@@ -92,15 +92,9 @@ def _draw_batch(
     return iter((np.clip(drawn, 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
-def _embed(sampler: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
-    encoder = sampler.text_encoder
-    text_BLD: Tensor = encoder(caption_ids(sampler.tokenizer, captions).to(encoder.device)).last_hidden_state
-    return text_BLD
-
-
-def first_latents(pipeline: StableDiffusionPipeline, seeds: Sequence[int]) -> Tensor:
+def first_latents(pipeline: DiffusionPipeline, seeds: Sequence[int]) -> Tensor:
     """Returns the noise that each seed starts from, drawn on the CPU so that every device draws the same picture."""
-    side = pipeline.unet.config.sample_size
-    shape = (pipeline.unet.config.in_channels, side, side)
+    denoiser = families.denoiser_of(pipeline)
+    shape = (denoiser.config.in_channels, denoiser.config.sample_size, denoiser.config.sample_size)
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(pipeline.unet.device, pipeline.unet.dtype)
+    return torch.stack(rows).to(denoiser.device, denoiser.dtype)

@@ -139,7 +139,7 @@ def denoiser_of(built: StableDiffusionPipeline, encoded: latents.EncodedPhotogra
     """Returns the objective of both ways."""
     captions = denoising.EncodedCaptions(encoded.empty_text)
     return denoising.DenoisingObjective(
-        unet=built.unet, scheduler=built.scheduler, captions=captions, caption_dropout=0.0, seed=seed
+        denoiser=built.unet, scheduler=built.scheduler, captions=captions, caption_dropout=0.0, seed=seed
     )
 
 

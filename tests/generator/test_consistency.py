@@ -25,8 +25,8 @@ class _Linear(nn.Module):
 
 def _objective(prediction: str, student: nn.Module, teacher: nn.Module, guidance_scale: float) -> ConsistencyObjective:
     return ConsistencyObjective(
-        unet=student, teacher=teacher, scheduler=DDPMScheduler(prediction_type=prediction), empty_LD=torch.zeros(2, 4),
-        guidance_scale=guidance_scale, seed=7,
+        denoiser=student, teacher=teacher, scheduler=DDPMScheduler(prediction_type=prediction),
+        empty_LD=torch.zeros(2, 4), guidance_scale=guidance_scale, seed=7,
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_consistency__the_teacher_is_neither_trained_nor_saved() -> None:
     student = _Linear(0.3)
     objective = _objective("epsilon", student, frozen_copy(student), 2.0)
     objective(torch.ones(6, 4, 8, 8), torch.ones(6, 2, 4), POSITIONS).backward()
-    assert list(objective.state_dict()) == ["unet.factor"]
+    assert list(objective.state_dict()) == ["denoiser.factor"]
     assert student.factor.grad is not None
     assert objective._teacher[0].factor.grad is None
     with pytest.raises(ValueError, match="guidance_scale=0"):

@@ -30,7 +30,7 @@ class _Recorder(nn.Module):
 def _objective(prediction: str = "epsilon", **settings: float | None) -> DenoisingObjective:
     scheduler = DDPMScheduler(num_train_timesteps=50, prediction_type=prediction)
     captions = EncodedCaptions(torch.full((2, 4), 2.0))
-    return DenoisingObjective(unet=_Recorder(), scheduler=scheduler, captions=captions, seed=7, **settings)
+    return DenoisingObjective(denoiser=_Recorder(), scheduler=scheduler, captions=captions, seed=7, **settings)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -40,7 +40,7 @@ def test_denoising__noises_and_aims_as_diffusers_does(prediction: str) -> None:
     positions = torch.arange(20, 25)
     loss = objective(latents, _text(0, 1, 0, 1, 0), positions)
     _, _, noise = draw_noise(7, positions, (4, 8, 8))
-    unet, scheduler = objective.unet, DDPMScheduler(num_train_timesteps=50)
+    unet, scheduler = objective.denoiser, DDPMScheduler(num_train_timesteps=50)
     torch.testing.assert_close(unet.noised, scheduler.add_noise(latents, noise, unet.time))
     target = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, unet.time)
     torch.testing.assert_close(loss, target.square().mean())
@@ -60,7 +60,7 @@ def test_denoising__drops_captions_at_the_rate_that_was_asked_for() -> None:
     objective = _objective(caption_dropout=0.25)
     positions = torch.arange(2000)
     objective(torch.zeros(2000, 1, 1, 1), _text(0).expand(2000, -1, -1), positions)
-    dropped = float((objective.unet.text[:, 0, 0] == 2).float().mean())
+    dropped = float((objective.denoiser.text[:, 0, 0] == 2).float().mean())
     assert dropped == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 2000) ** 0.5)
 
 
@@ -68,9 +68,19 @@ def test_denoising__min_snr_weighs_as_the_paper_says() -> None:
     latents, positions = torch.zeros(1, 4, 8, 8), torch.tensor([3])
     plain, weighed = _objective(caption_dropout=0.0), _objective(caption_dropout=0.0, min_snr_gamma=5.0)
     loss, weighed_loss = (each(latents, _text(0), positions) for each in (plain, weighed))
-    alpha = DDPMScheduler(num_train_timesteps=50).alphas_cumprod[plain.unet.time]
+    alpha = DDPMScheduler(num_train_timesteps=50).alphas_cumprod[plain.denoiser.time]
     snr = alpha / (1 - alpha)
     torch.testing.assert_close(weighed_loss, loss * (torch.minimum(snr, torch.tensor(5.0)) / snr).squeeze())
+
+
+def test_draw_noise__an_offset_shifts_whole_channels() -> None:
+    positions = torch.arange(500)
+    times, uniform, plain = draw_noise(3, positions, (2, 4, 4))
+    same_times, same_uniform, shifted = draw_noise(3, positions, (2, 4, 4), offset=0.5)
+    assert torch.equal(times, same_times) and torch.equal(uniform, same_uniform)
+    shift = shifted - plain
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-6, rtol=0)
+    assert shift[..., 0, 0].std().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_draw_noise__times_cover_the_axis_evenly() -> None:

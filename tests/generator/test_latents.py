@@ -1,12 +1,13 @@
 """Latents: encoded once, the same whoever else is there, and read in an order that is a function of the position."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from gretfound import fundus, shard
+from gretfound import fundus, metadata, shard
 from gretfound.errors import ConfigError
 from gretfound.generator import autoencoding, latents, pipeline, squares
 from tests.tiny_generator import RESOLUTION_PX, rows_of, write_base
@@ -44,11 +45,11 @@ def test_lay_out__holds_what_the_encoders_make_of_each_photograph(
         pixels = squares.as_tensor([square.pixels])
         for view, (each, caption) in enumerate([(pixels, square.caption), (pixels.flip(-1), square.mirrored_caption)]):
             row = torch.tensor([2 * place + view])
-            assert found.captions[int(found.caption_numbers[row])] == caption
+            assert found.captions[int(found.caption_numbers[row, 0])] == caption
             torch.testing.assert_close(found.latents[row], autoencoding.encode_photographs(base.vae, each))
             ids = pipeline.caption_ids(base.tokenizer, [caption])
             expected = base.text_encoder(ids).last_hidden_state.detach()
-            torch.testing.assert_close(found.text[found.caption_numbers[row]], expected)
+            torch.testing.assert_close(found.text[found.caption_numbers[row, 0]], expected)
     empty = base.text_encoder(pipeline.caption_ids(base.tokenizer, [""])).last_hidden_state[0].detach()
     torch.testing.assert_close(found.empty_text, empty)
 
@@ -72,7 +73,7 @@ def test_key_of__changes_with_what_a_cache_depends_on_and_with_nothing_else(tmp_
     ]
     others += [latents.key_of([*files[1:], (files[0][0], "1")], **given)]
     assert len({key, *others}) == 4
-    assert {path.split("/")[0] for path, _ in files} == set(latents.ENCODING_FOLDERS)
+    assert {path.split("/")[0] for path, _ in files} == {"text_encoder", "tokenizer", "vae"}
 
 
 def test_encode_shard__a_size_that_does_not_fit_is_refused(base: StableDiffusionPipeline, tmp_path: Path) -> None:
@@ -97,6 +98,40 @@ def test_latent_batches__every_epoch_is_a_permutation_and_any_start_agrees(cache
     assert all(torch.equal(later[name], batches[2][name]) for name in later)
     text = next(latents.latent_batches(photographs, batch_size=7, seed=1)(14))["caption"]
     assert torch.equal(text, photographs.text[later["caption"]])
+
+
+def test_latent_batches__shortens_captions_by_another_draw(base: StableDiffusionPipeline, tmp_path: Path) -> None:
+    shard.write_shard_file(tmp_path / "shard.parquet", rows_of(3))
+    settings = {"base": base, "resolution_px": RESOLUTION_PX, "cell_dropout": 0.3}
+    latents.encode_shard(tmp_path / "shard.parquet", tmp_path / "cache", **settings)
+    photographs = latents.lay_out([tmp_path / "cache"], tmp_path / "rows", cell_dropout=0.3)
+    given = {"batch_size": 3, "seed": 1}
+    num_said: Counter[str] = Counter()
+    stream = latents.latent_batches(photographs, has_text=False, **given)(0)
+    texts = latents.latent_batches(photographs, **given)(0)
+    for first, batch, embedded in zip(range(0, 600, 3), stream, texts, strict=False):
+        photograph, view = latents.order_at(torch.arange(first, first + 3), num_images=3, seed=1)
+        for place in range(3):
+            said = photographs.captions[int(batch["caption"][place])]
+            cells = {name: rows_of(3)[int(photograph[place])][name] for name in ("eye", "age", "sex", "dr", "glaucoma")}
+            cells["eye"] = cells["eye"] if not view[place] else {"left": "right", "right": "left"}[cells["eye"]]
+            assert set(said.split(", ")) <= {*metadata.caption(cells).split(", "), "man", "woman"} | {
+                f"{int(cells['age'])}-year-old person"
+            }
+            num_said.update(["eye"] * (" eye" in said) + ["age"] * ("-year-old" in said))
+        expected = base.text_encoder(
+            pipeline.caption_ids(base.tokenizer, [photographs.captions[int(n)] for n in batch["caption"]])
+        ).last_hidden_state.detach()
+        torch.testing.assert_close(embedded["caption"], expected)
+    assert 0.6 < num_said["eye"] / 600 < 0.8 and 0.6 < num_said["age"] / 600 < 0.8
+
+
+def test_latent_batches__a_step_in_parts_is_the_same_step(caches: list[Path], tmp_path: Path) -> None:
+    photographs = latents.lay_out(caches, tmp_path)
+    whole, parts = (latents.latent_batches(photographs, batch_size=6, seed=1, accumulation=n)(12) for n in (1, 3))
+    for _ in range(3):
+        step, given = next(whole), [next(parts) for _ in range(3)]
+        assert all(torch.equal(step[name], torch.cat([part[name] for part in given])) for name in step)
 
 
 def test_rows__are_read_by_number(tmp_path: Path) -> None:

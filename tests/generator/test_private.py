@@ -46,27 +46,27 @@ class _Mixer(nn.Module):
 
 
 def _mixing(
-    num_patients: int, unet: nn.Module | None = None, **changes: Any
+    num_patients: int, denoiser: nn.Module | None = None, **changes: Any
 ) -> tuple[Any, nn.Module, EncodedPhotographs, list[Tensor]]:
     torch.manual_seed(0)
-    unet = unet or _Mixer(4)
+    denoiser = denoiser or _Mixer(4)
     terms: dict[str, Any] = {
         "noise_multiplier": 0.0, "sample_rate": 1.0, "clip_norm": 0.05, "batch_size": 7, "learning_rate": 1e-3,
         "device": "cpu",
     }  # fmt: skip
-    run = private._Run(unet=unet, **(terms | changes))
+    run = private._Run(denoiser=denoiser, **(terms | changes))
     scheduler = SimpleNamespace(
         config=SimpleNamespace(prediction_type="epsilon"), alphas_cumprod=torch.linspace(0.999, 0.01, 100)
     )
     objective = denoising.DenoisingObjective(
-        unet=run.module, scheduler=scheduler, captions=denoising.EncodedCaptions(torch.randn(3, 5)), seed=1
+        denoiser=run.module, scheduler=scheduler, captions=denoising.EncodedCaptions(torch.randn(3, 5)), seed=1
     )
     latents_NCHW = torch.randn(num_patients, 4, 6, 6) * torch.linspace(0.1, 3, num_patients).view(-1, 1, 1, 1)
     photographs = EncodedPhotographs(
         latents=latents_NCHW.repeat_interleave(2, 0),  # both views alike: a coin chooses
         text=torch.randn(1, 3, 5),
         captions=("a",),
-        caption_numbers=torch.zeros(2 * num_patients, dtype=torch.long),
+        caption_numbers=torch.zeros(2 * num_patients, 1, dtype=torch.long),
     )
     return run, objective, photographs, [torch.tensor([place]) for place in range(num_patients)]
 
@@ -96,8 +96,10 @@ def test_step__sums_what_each_patients_noisings_change_together_clipped(clip_nor
     unet.load_state_dict({name: weight.detach().clone() for name, weight in run.weights.items()})
     required = {name: torch.zeros_like(weight) for name, weight in unet.named_parameters()}
     plain = denoising.DenoisingObjective(
-        unet=unet,
-        scheduler=SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"), alphas_cumprod=objective.alphas_T),
+        denoiser=unet,
+        scheduler=SimpleNamespace(
+            config=SimpleNamespace(prediction_type="epsilon"), alphas_cumprod=objective.signal_T.square()
+        ),
         captions=objective.captions,
         seed=1,
     )
@@ -137,7 +139,7 @@ def test_step__lost_noise_is_found_by_canaries(is_noise_lost: bool) -> None:
     torch.manual_seed(1)
     run, objective, photographs, places = _mixing(
         num_canaries,
-        unet=_Memory(4 * 6 * 6),
+        denoiser=_Memory(4 * 6 * 6),
         noise_multiplier=0.0 if is_noise_lost else promised,
         sample_rate=0.5,
         batch_size=10,

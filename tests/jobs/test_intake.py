@@ -164,7 +164,7 @@ def _weights_package(
     generator = torch.Generator().manual_seed(rank)
     for parameter in pipeline.add_lora(unet, rank=rank, alpha=rank):
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    base_sha256 = pipeline.unet_sha256(base_path)
+    base_sha256 = pipeline.denoiser_sha256(base_path)
     terms = adapter.AdapterTerms(
         method=method,
         rank=stated_rank,
@@ -542,7 +542,7 @@ def test_admit__rejects_weights_of_another_base_than_the_manifests(hub: Hub, tmp
 def test_admit__holds_weights_against_other_sites(hub: Hub, tmp_path: Path, base_path: Path) -> None:
     base = _publish_base(hub.uri, base_path)
     first = _admit(hub, _weights_package(tmp_path / "first.age", base_path))
-    base_sha256 = pipeline.unet_sha256(base_path)
+    base_sha256 = pipeline.denoiser_sha256(base_path)
     folder_uri = storage.join(hub.uri, "cohorts", base_sha256)
     assert storage.list_names(folder_uri) == ["aster.json"] and base.id
     measured = storage.read_json(storage.join(folder_uri, "aster.json"))

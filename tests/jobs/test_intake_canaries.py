@@ -126,7 +126,7 @@ def _package(
     (staging_path / "training" / "config.json").write_text(json.dumps(asdict(Recipe())))
     (staging_path / "training" / "metrics.jsonl").write_text('{"images_seen":64,"loss":0.5}\n')
     terms: dict[str, Any] = {
-        "form": "weights", "base_sha256": pipeline.unet_sha256(base_path), "num_images": summary.num_images,
+        "form": "weights", "base_sha256": pipeline.denoiser_sha256(base_path), "num_images": summary.num_images,
         "country": "United Kingdom",
     }  # fmt: skip
     return parties.seal(ring, staging_path, folder_path / f"{name}.age", **(terms | changes)).path
