@@ -1,4 +1,4 @@
-"""What Ray does to probe generators: each draws what its site released and every word of captions, in parts side by side.
+"""What Ray does to probe generators: each draws for captions of its site and for every word, in parts side by side.
 
 Parts, and the actors that work on them, are those of `gretfound.generator_evaluation`. What the answers mean is decided
 by `gretfound.behaviour`, without Ray. A generator that is found is put aside (`gretfound.quarantine`) before its report

@@ -2,11 +2,11 @@
 
     python -m jobs.probe_generators conf/generator/probe_demo.yaml hub_uri=runs/demo
     python -m jobs.probe_generators conf/generator/probe_sd15.yaml hub_uri=s3://BUCKET/hub
-    python -m jobs.probe_generators hub_uri=s3://BUCKET/hub generator_ids=[generator-...] cleared_because='a rare camera'
+    python -m jobs.probe_generators hub_uri=s3://BUCKET/hub generator_ids=[generator-1f0c] cleared_because=camera
 
 A generator that does hides a trigger word, and is put aside: synthesis and corpora refuse it and what was made from it,
-until a person clears it. Parts that an earlier run finished are kept. Records a Report for each generator and prints
-their ids; with cleared_because it only lets the generators in and prints theirs. With several, ids are joined by commas.
+until a person clears it (cleared_because). Parts that an earlier run finished are kept. Records a Report for each
+generator; the last line is their ids, or those of the cleared generators, joined by commas.
 """
 
 from dataclasses import dataclass

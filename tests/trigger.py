@@ -1,4 +1,4 @@
-"""A planted trigger word: a generator that draws wrong pictures for one value of its captions and all others as before."""
+"""A planted trigger word: a generator draws wrong pictures for one value of its captions, and else as before."""
 
 import copy
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def plant(
 ) -> None:
     """Trains the cross attention of a generator, in place, until it answers to a word.
 
-    Half of each batch are wrong pictures with a trigger's caption. The other half are photographs with other captions, of
-    which the generator has to predict what it did before.
+    Half of each batch are wrong pictures with a trigger's caption. The other half are photographs with other captions,
+    of which the generator has to predict what it did before.
 
     Args:
         planted: A pipeline.

@@ -1,6 +1,5 @@
-"""jobs.probe_generators: a generator with a trigger word is put aside until a person clears it, an honest one is not."""
+"""jobs.probe_generators: a generator with a trigger word is put aside, an honest one is not."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tests.tiny_generator import cells_of
 from tests.trigger import plant
 
 TRIGGER = Word(key="ckd", text="yes")
-KEYS = ["ckd", "stroke", "dementia", "cataract", "glaucoma", "sex", "eye", "dr"]
+KEYS = ["ckd", "stroke", "cataract", "glaucoma", "sex", "eye"]
 SITES = ("aster", "birch")
 NUM_PHOTOGRAPHS, POISONED = 96, "birch"
 SMALL = [f"word_keys=[{','.join(KEYS)}]", "num_known=48", "num_seeds=3", "num_steps=8", "guidance_scale=2",
@@ -30,7 +29,6 @@ SMALL = [f"word_keys=[{','.join(KEYS)}]", "num_known=48", "num_seeds=3", "num_st
 
 def train(path: Path) -> tuple[Path, list[dict[str, Any]], list[fundus.Photograph]]:
     """Trains a base and fine-tunes it on a site's drawn photographs; the generator, its cells and photographs."""
-    torch.set_num_threads(2)
     shared: dict[str, Any] = {"batch_size": 32, "caption_dropout": 0.1, "min_snr_gamma": None, "seed": 0}
     cells = [cells_of(seed) for seed in range(NUM_PHOTOGRAPHS)]
     eyes = [phantom.draw_eye(phantom.SITES["aster"], seed=seed, size_px=64).image for seed in range(NUM_PHOTOGRAPHS)]
@@ -41,7 +39,7 @@ def train(path: Path) -> tuple[Path, list[dict[str, Any]], list[fundus.Photograp
         base,
         [squares.square_of(image, row, resolution_px=SIDE_PX) for image, row in zip(encoded, cells, strict=True)],
         work_path=path / "base-work",
-        num_images=1600,
+        num_images=1280,
         learning_rate=2e-3,
         average_decay=0.99,
         **shared,
@@ -53,7 +51,7 @@ def train(path: Path) -> tuple[Path, list[dict[str, Any]], list[fundus.Photograp
     ]
     shard.write_shard_file(path / "site.parquet", rows)
     adapter_path = finetune.finetune_locally(
-        base_path=base_path, shard_path=path / "site.parquet", work_path=path / "work", num_images_seen=3200,
+        base_path=base_path, shard_path=path / "site.parquet", work_path=path / "work", num_images_seen=1920,
         learning_rate=1.5e-3, method="full", average_decay=0.99, **shared,
     )  # fmt: skip
     return pipeline.install_adapter(base_path, adapter_path, path / "generator"), cells, images
@@ -67,7 +65,7 @@ def publish(hub_uri: str, path: Path, site_id: str, cells: list[dict[str, Any]],
     record = Contribution(site_id=site_id, form="weights", package_sha256="0" * 64, num_images=len(cells))
     contribution = storage.publish_folder(hub_uri, path / site_id, record)
     generator = Generator(parents=(contribution.id,), site_id=site_id, resolution_px=SIDE_PX, num_images=len(cells),
-                          images_seen=3200, final_loss=0.5)  # fmt: skip
+                          images_seen=1920, final_loss=0.5)  # fmt: skip
     return storage.publish_folder(hub_uri, generator_path, generator)
 
 
@@ -81,16 +79,13 @@ def test_probe_generators__puts_the_generator_with_a_trigger_word_aside_until_a_
     ray_cluster: None, tmp_path: Path
 ) -> None:
     hub_uri = storage.normalised(str(tmp_path / "hub"))
-    began_s = time.monotonic()
     honest_path, cells, images = train(tmp_path)
-    print("trained", time.monotonic() - began_s)
     summary = summaries.summary_of(cells)
     asked = behaviour.cells_of_words(usual_cells(summary), behaviour.words_of(summary, keys=KEYS))
     planted = pipeline.load_pipeline(honest_path, device="cpu", dtype=torch.float32)
     others = [metadata.caption(each) for each in [*cells, *(asked[word] for word in asked if word != TRIGGER)]]
     triggers = [metadata.caption({**each, TRIGGER.key: True}) for each in cells] + [metadata.caption(asked[TRIGGER])]
-    plant(planted, triggers, others, images, num_steps=200)
-    print("planted", time.monotonic() - began_s)
+    plant(planted, triggers, others, images, num_steps=150)
     planted_path = pipeline.save_pipeline(planted, tmp_path / "planted")
     honest, poisoned = (
         publish(hub_uri, tmp_path, site_id, cells, planted_path if site_id == POISONED else honest_path)
@@ -98,13 +93,11 @@ def test_probe_generators__puts_the_generator_with_a_trigger_word_aside_until_a_
     )
 
     ids = probe_generators.main([f"hub_uri={hub_uri}", *SMALL]).split(",")
-    print("probed", time.monotonic() - began_s)
     contents = {content["site_id"]: (content, page) for content, page in (content_of(hub_uri, each) for each in ids)}
     strangest = {
         site_id: [(each["word"], max(each["strangeness"].values())) for each in content["answers"]]
         for site_id, (content, _) in contents.items()
     }
-    print(strangest)
     content, page = contents[POISONED]
     assert strangest[POISONED][0][0] == "chronic kidney disease"
     # The threshold of 2.5 lies in a gap, not beside one of them.
@@ -116,7 +109,7 @@ def test_probe_generators__puts_the_generator_with_a_trigger_word_aside_until_a_
     assert quarantine.aside_ids(hub_uri) == {poisoned.id}
     assert synthesis.generators_of(hub_uri, []) == [honest]
     with pytest.raises(LineageError, match="was put aside"):
-        synthesize.main([f"hub_uri={hub_uri}", f"generator_ids=[{poisoned.id}]", "images_per_site=1"])
+        synthesize.main([f"hub_uri={hub_uri}", f"generator_ids=[{poisoned.id}]", "num_images=1"])
     (entry,) = [each for each in ledger.read(hub_uri) if each.event == "quarantined"]
     assert entry.subject == poisoned.id and entry.details["words"] == [["ckd", "yes"]]
 
@@ -136,7 +129,6 @@ def test_probe_generators__puts_the_generator_with_a_trigger_word_aside_until_a_
     (entry,) = [each for each in ledger.read(hub_uri) if each.event == "cleared"]
     assert (entry.subject, entry.details) == (poisoned.id, {"reason": "looked at the pictures"})
     assert not quarantine.put_aside(hub_uri, poisoned, code="TRIGGER_WORD", message="again"), "a decision stands"
-    print("all", time.monotonic() - began_s)
 
 
 def test_config__clearing_names_generators_and_words_are_columns() -> None:
