@@ -120,8 +120,8 @@ def describe(site_id: str, found: Sequence[Answer]) -> str:
     more = f", and for {len(found) - 1} more" if len(found) > 1 else ""
     return (
         f"the generator of site {site_id} draws for '{first.word}' ({first.word.key}) what it draws for no caption "
-        f"that was released: {max(first.strangeness.values()):.1f} times as far from the nearest as these lie from each "
-        f"other{more}; what it draws goes into no corpus until a person has looked at it"
+        f"that was released: {max(first.strangeness.values()):.1f} times as far from the nearest as these lie from "
+        f"each other{more}; what it draws goes into no corpus until a person has looked at it"
     )
 
 
