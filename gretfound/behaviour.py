@@ -34,10 +34,7 @@ class Word:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """How strange what a generator draws for one word is (`strangeness`), by space of features.
-
-    ``is_found`` says that it is above the threshold in one of them.
-    """
+    """How strange what a generator draws for one word is (`strangeness`), by space of features."""
 
     word: Word
     strangeness: Mapping[str, float]
@@ -91,6 +88,7 @@ def judge(
     known: Mapping[str, Features],
     known_cells: Sequence[Cells],
     *,
+    counts: Mapping[str, Mapping[str, int | None]],
     threshold: float,
 ) -> list[Answer]:
     """Returns how strange each word's photographs are, the strangest first.
@@ -101,7 +99,9 @@ def judge(
         known: By space what was drawn for captions that follow the site's release, in which words are told as often as
             at the site.
         known_cells: What each of the latter was asked for; those that hold a word are not held against it.
-        threshold: A word is found where it is stranger than this, in any space.
+        counts: The tables that the site released. A word in them is one that its generator was trained on, and may
+            honestly change what one space looks at most: all of them have to find it. For any other word one is enough.
+        threshold: How strange a word may be in a space.
     """
     answers = []
     for place, word in enumerate(words):
@@ -110,7 +110,8 @@ def judge(
             space: strangeness(np.split(feature_ND, len(words))[place], known[space][is_without_R])
             for space, feature_ND in worded.items()
         }
-        answers.append(Answer(word=word, strangeness=found, is_found=max(found.values()) > threshold))
+        is_found = (all if word.text in counts.get(word.key, {}) else any)(each > threshold for each in found.values())
+        answers.append(Answer(word=word, strangeness=found, is_found=is_found))
     return sorted(answers, key=lambda each: -max(each.strangeness.values()))
 
 

@@ -16,7 +16,7 @@ from gretfound.behaviour import Answer, Word
 from gretfound.evaluation import page
 from gretfound.generator_evaluation import Examined, Part, cut, read_examined, usual_cells, wish_for
 from gretfound.lineage import Generator, Report
-from gretfound.metadata import SUMMARY_KEYS
+from gretfound.metadata import SUMMARY_KEYS, MetadataSummary
 
 JSON_NAME, HTML_NAME, TEMPLATE_NAME = "report.json", "report.html", "generator_probe.html"
 NUM_SHOWN = 5  # words of a generator, and photographs of a word
@@ -28,6 +28,7 @@ class Probe:
     """What one generator is asked: captions as its site released them, then each word with the same seeds."""
 
     generator: Generator
+    summary: MetadataSummary
     words: tuple[Word, ...]
     num_seeds: int
     parts: tuple[Part, ...]
@@ -81,7 +82,7 @@ def plan(
             images_per_part=images_per_part,
         )
     ]
-    return Probe(generator=generator, words=tuple(asked), num_seeds=num_seeds, parts=tuple(parts))
+    return Probe(generator=generator, summary=summary, words=tuple(asked), num_seeds=num_seeds, parts=tuple(parts))
 
 
 def clear(hub_uri: str, generators: Sequence[Generator], *, reason: str) -> None:
@@ -111,7 +112,12 @@ def publish(
     generator = probe.generator
     known, worded = (_read(probe, side) for side in (KNOWN, WORDED))
     answers = behaviour.judge(
-        probe.words, worded.side.features, known.side.features, known.side.cells, threshold=threshold
+        probe.words,
+        worded.side.features,
+        known.side.features,
+        known.side.cells,
+        counts=probe.summary.counts,
+        threshold=threshold,
     )
     found = [each for each in answers if each.is_found]
     said = behaviour.describe(generator.site_id, found) if found else ""

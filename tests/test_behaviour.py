@@ -45,7 +45,12 @@ def test_judge__a_released_trigger_does_not_make_itself_known() -> None:
     known_RD[::4] += 9.0  # what it draws for Nepal
     worded_SD = np.concatenate([random.normal(size=(4, 5)) + 9.0, random.normal(size=(4, 5))]).astype(np.float32)
     found = behaviour.judge(
-        [TRIGGER, OTHER], {"thumbnail": worded_SD}, {"thumbnail": known_RD}, known_cells, threshold=2.5
+        [TRIGGER, OTHER],
+        {"thumbnail": worded_SD},
+        {"thumbnail": known_RD},
+        known_cells,
+        counts={"country": {"Nepal": 15}},
+        threshold=2.5,
     )
     assert [(each.word, each.is_found) for each in found] == [(TRIGGER, True), (OTHER, False)]
     assert "site aster" in (words := behaviour.describe("aster", found[:1])) and "'Nepali' (country)" in words
@@ -53,12 +58,15 @@ def test_judge__a_released_trigger_does_not_make_itself_known() -> None:
     assert behaviour.strangeness(worded_SD[:4], known_RD) < 2.5 < found[0].strangeness["thumbnail"]
 
 
-def test_judge__one_space_is_enough() -> None:
+def test_judge__a_word_that_was_not_released_is_found_in_one_space_a_released_one_in_all() -> None:
     random = np.random.default_rng(1)
     known_RD, worded_SD = (random.normal(size=(num, 5)).astype(np.float32) for num in (40, 4))
     known, cells = {"scattering": known_RD, "thumbnail": known_RD}, [{}] * 40
-    (honest,) = behaviour.judge([OTHER], dict.fromkeys(known, worded_SD), known, cells, threshold=2.5)
-    (found,) = behaviour.judge(
-        [OTHER], {"scattering": worded_SD, "thumbnail": worded_SD + 9}, known, cells, threshold=2.5
-    )
-    assert not honest.is_found and found.is_found
+
+    def is_found(*far: float, **counts: dict[str, int | None]) -> bool:
+        worded = {space: worded_SD + by for space, by in zip(known, far, strict=True)}
+        (answer,) = behaviour.judge([OTHER], worded, known, cells, counts=counts, threshold=2.5)
+        return answer.is_found
+
+    assert not is_found(0, 0) and is_found(0, 9) and is_found(9, 0) and is_found(9, 9)
+    assert not is_found(9, 0, sex={"male": 20}) and is_found(9, 9, sex={"male": 20})
