@@ -338,7 +338,9 @@ def _judge(case: _Case) -> Opened | None:
             case.history.add("WEIGHTS", message="passed without a judgement: this form has none")
         case.history.add("SUMMARY")
         _judge_privacy(case, opened)
-        case.history.add("BEHAVIOUR", message="passed without a judgement: this version has no probes of what is drawn")
+        case.history.add(
+            "BEHAVIOUR", message="passed without a judgement: jobs.probe_generators looks at what is drawn"
+        )
         case.history.add("ADMITTED", measured={"site_id": manifest.site_id})
     except _TooEarly:
         raise

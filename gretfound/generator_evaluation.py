@@ -108,7 +108,10 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One unit of work: photographs ``first`` to ``first + num`` of a side; ``places`` of real ones only."""
+    """One unit of work: photographs ``first`` to ``first + num`` of a side.
+
+    ``places`` are of real ones only; what is drawn has ``wishes`` of its own, or those of `wishes_of`.
+    """
 
     run_uri: str
     generator_id: str
@@ -119,6 +122,7 @@ class Part:
     index: int = 0
     first: int = 0
     places: tuple[Place, ...] = ()
+    wishes: tuple[Wish, ...] = ()
 
     @property
     def uri(self) -> str:
@@ -254,6 +258,7 @@ def cut(whole: Part, *, images_per_part: int) -> list[Part]:
             first=first,
             num=min(images_per_part, whole.num - first),
             places=whole.places[first : first + images_per_part],
+            wishes=whole.wishes[first : first + images_per_part],
         )
         for index, first in enumerate(range(0, whole.num, images_per_part))
     ]
@@ -281,19 +286,26 @@ def wishes_of(
     """
     if not is_swept:
         drawn = matching.draw_cells(matching.fit_groups(summary, balance={}), num=num_images, seed=seed)
-        return [_wish(cells, "evaluated", seed, row) for row, cells in enumerate(drawn)]
-    usual: Cells = {}
-    for key in sorted(summary.counts):
-        usual |= metadata.cells_of(key, next(iter(_commonest(summary, key)), BLANK))
+        return [wish_for(cells, "evaluated", seed, row) for row, cells in enumerate(drawn)]
+    usual = usual_cells(summary)
     return [
-        _wish(usual | metadata.cells_of(attribute, text), "swept", seed, number)
+        wish_for(usual | metadata.cells_of(attribute, text), "swept", seed, number)
         for attribute in appraisal.attributes_of(summary.counts, attributes)
         for number in range(num_seeds)
         for text in swept_values(summary, attribute)
     ]
 
 
-def _wish(cells: Cells, *seeded_by: Any) -> Wish:
+def usual_cells(summary: MetadataSummary) -> Cells:
+    """Returns the commonest value of each column of a site's summary."""
+    usual: Cells = {}
+    for key in sorted(summary.counts):
+        usual |= metadata.cells_of(key, next(iter(_commonest(summary, key)), BLANK))
+    return usual
+
+
+def wish_for(cells: Cells, *seeded_by: Any) -> Wish:
+    """Asks for a photograph of these cells; what it is seeded by decides its first latents, the same everywhere."""
     return Wish(caption=metadata.caption(cells), cells=cells, seed=synthesis.seed_from(list(seeded_by)))
 
 
@@ -315,7 +327,7 @@ class Examiner:
         batch_size: Photographs drawn together, and held at a time.
         device: ``cpu`` or ``cuda``.
         precision: ``float32`` or ``bfloat16``, of generators.
-        wishing: Arguments of `wishes_of`, for parts that are drawn.
+        wishing: Arguments of `wishes_of`, for parts without wishes of their own.
         drawing: ``num_steps`` and ``guidance_scale`` of `draw_photographs`, for parts that are drawn.
     """
 
@@ -377,9 +389,11 @@ class Examiner:
             )
 
     def _draw(self, part: Part) -> Iterator[tuple[Photograph, dict[str, Any]]]:
-        summary = synthesis.read_summary(self._hub_uri, part.contribution_id)
-        wishes = wishes_of(summary, is_swept=part.side == "sweep", **self._wishing)
-        asked = wishes[part.first : part.first + part.num]
+        asked: Sequence[Wish] = part.wishes
+        if not asked:
+            summary = synthesis.read_summary(self._hub_uri, part.contribution_id)
+            wishes = wishes_of(summary, is_swept=part.side == "sweep", **self._wishing)
+            asked = wishes[part.first : part.first + part.num]
         drawn = draw_photographs(
             pipeline=self._pipeline(part.generator_id),
             captions=[wish.caption for wish in asked],
@@ -447,7 +461,8 @@ def examine_parts(
 def part_from_json(text: str) -> Part:
     """Rebuilds a part from the JSON of its fields."""
     content = json.loads(text)
-    return Part(**{**content, "places": tuple(Place(**each) for each in content["places"])})
+    places, wishes = (Place(**each) for each in content["places"]), (Wish(**each) for each in content["wishes"])
+    return Part(**{**content, "places": tuple(places), "wishes": tuple(wishes)})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -753,6 +753,11 @@ def values_of(key: str) -> tuple[str, ...] | None:
             return None
 
 
+def named_countries() -> tuple[str, ...]:
+    """Returns the countries that captions have an adjective for, as rows write them."""
+    return tuple(sorted(plain.title() for plain in _ADJECTIVES))
+
+
 def summary_texts(cells: Mapping[str, Any]) -> dict[str, str]:
     """Returns a photograph's values as the summary's tables write them, by column key; blanks are absent."""
     texts = {key: _as_text(cells[key]) for key in SUMMARY_KEYS if cells.get(key) is not None}

@@ -88,21 +88,25 @@ def contribution_of(hub_uri: str, generator: Generator) -> Contribution:
     return contributions[0]
 
 
-def generators_of(hub_uri: str, generator_ids: Sequence[str], *, is_few_step: bool = False) -> list[Generator]:
+def generators_of(
+    hub_uri: str, generator_ids: Sequence[str], *, is_few_step: bool = False, includes_aside: bool = False
+) -> list[Generator]:
     """Returns the generators of these ids or, without ids, those of all sites that have not withdrawn.
 
     Args:
         hub_uri: The hub.
         generator_ids: Record ids, or none.
         is_few_step: Whether the few-step students are meant, or the generators that draw with a solver.
+        includes_aside: Whether those in quarantine are meant, too: to be looked at, not to draw for a corpus.
 
     Raises:
-        LineageError: If there is none, or one of them descends from a site that has withdrawn or is of the other sort.
+        LineageError: If there is none, or one of them descends from a site that has withdrawn, is in quarantine or is
+            of the other sort.
     """
     if generator_ids:
         named = [storage.read_record(hub_uri, generator_id, Generator) for generator_id in generator_ids]
         for record in named:
-            withdrawal.require_unmarked(hub_uri, record)
+            withdrawal.require_unmarked(hub_uri, record, allows_aside=includes_aside)
             if record.is_few_step != is_few_step:
                 sorts = ["one that draws with a solver", "a few-step one"]
                 raise LineageError(
@@ -110,7 +114,8 @@ def generators_of(hub_uri: str, generator_ids: Sequence[str], *, is_few_step: bo
                     "(jobs.synthesize is_few_step)"
                 )
         return named
-    remaining = [record for record in withdrawal.read_remaining(hub_uri, Generator) if record.site_id]
+    every = withdrawal.read_remaining(hub_uri, Generator, includes_aside=includes_aside)
+    remaining = [record for record in every if record.site_id]
     found_ones = [record for record in remaining if record.is_few_step == is_few_step]
     if not found_ones:
         made_by = "tuning.objective=consistency" if is_few_step else "or jobs.intake for weights"

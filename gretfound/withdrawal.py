@@ -8,7 +8,7 @@ beside latents of its photographs, which are no records, that they do.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gretfound import lineage, storage
+from gretfound import lineage, quarantine, storage
 from gretfound.errors import LineageError
 from gretfound.lineage import RecordT
 
@@ -58,17 +58,30 @@ def is_marked(hub_uri: str, record: lineage.Record) -> bool:
     return storage.exists(storage.join(storage.record_uri(hub_uri, record), MARK_NAME))
 
 
-def read_remaining(hub_uri: str, expected: type[RecordT]) -> Iterator[RecordT]:
-    """Reads every record of one kind that does not descend from a site that has withdrawn, sorted by id."""
-    return (record for record in storage.read_records(hub_uri, expected) if not is_marked(hub_uri, record))
+def read_remaining(hub_uri: str, expected: type[RecordT], *, includes_aside: bool = False) -> Iterator[RecordT]:
+    """Reads every record of one kind that descends from no site that has withdrawn, sorted by id.
+
+    Args:
+        hub_uri: The hub.
+        expected: The kind.
+        includes_aside: Whether generators in quarantine, and what was made from them, are among them.
+    """
+    for record in storage.read_records(hub_uri, expected):
+        if not is_marked(hub_uri, record) and (includes_aside or not quarantine.is_aside(hub_uri, record)):
+            yield record
 
 
-def require_unmarked(hub_uri: str, record: lineage.Record) -> None:
-    """Refuses an artefact that descends from a site that has withdrawn.
+def require_unmarked(hub_uri: str, record: lineage.Record, *, allows_aside: bool = False) -> None:
+    """Refuses an artefact that descends from a site that has withdrawn or, unless allowed, a generator in quarantine.
 
     Raises:
-        LineageError: If it is marked.
+        LineageError: If it does.
     """
+    if not allows_aside and quarantine.is_aside(hub_uri, record):
+        raise LineageError(
+            f"{record.id} is, or was made from, a generator that was put aside; HUB/quarantine/GENERATOR/reason.json "
+            "says why, and `python -m jobs.probe_generators` with cleared_because lets it in once a person has looked"
+        )
     if is_marked(hub_uri, record):
         raise LineageError(
             f"{record.id} descends from a site that has withdrawn; take its successor, which "

@@ -1,6 +1,6 @@
 """The keys of jobs that draw from generators of the hub, and what of them decides a picture: each is written here once.
 
-`synthesize` and `evaluate_generators` extend these keys by their own.
+`synthesize`, `evaluate_generators` and `probe_generators` extend these keys by their own.
 """
 
 from dataclasses import dataclass

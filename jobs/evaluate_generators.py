@@ -66,7 +66,7 @@ def main(argv: list[str]) -> str:
     from gretfound.lineage import Encoder, Generator, Report
 
     hub_uri = storage.normalised(config.hub_uri)
-    generators = synthesis.generators_of(hub_uri, config.generator_ids)
+    generators = synthesis.generators_of(hub_uri, config.generator_ids, includes_aside=True)
     if config.encoder_id:
         withdrawal.require_unmarked(hub_uri, storage.read_record(hub_uri, config.encoder_id, Encoder))
     settings: dict[str, Any] = {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}

@@ -71,11 +71,12 @@ def succeed(hub_uri: str, corpus: "Corpus") -> str:
     Returns:
         The successor's id; empty where nothing is left.
     """
-    from gretfound import storage, withdrawal
+    from gretfound import quarantine, storage, withdrawal
     from gretfound.lineage import ShardSet
 
     shard_sets = storage.read_parents(hub_uri, corpus, ShardSet)
-    left = [each.id for each in shard_sets if not withdrawal.is_marked(hub_uri, each)]
+    unmarked = [each for each in shard_sets if not withdrawal.is_marked(hub_uri, each)]
+    left = [each.id for each in unmarked if not quarantine.is_aside(hub_uri, each)]
     if not left:
         return ""
     with storage.scratch_folder() as folder:

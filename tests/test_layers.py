@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
     {"gretfound.dispatch"},
-    {"gretfound.gatehouse", "gretfound.outgoing", "gretfound.site_comparison"},
+    {"gretfound.gatehouse", "gretfound.outgoing", "gretfound.probing", "gretfound.site_comparison"},
     {
         "gretfound.admission",
         "gretfound.encoding",
@@ -34,6 +34,7 @@ ROWS = [
     {"gretfound.sealing"},
     {
         "gretfound.agreement",
+        "gretfound.behaviour",
         "gretfound.contribution",
         "gretfound.examination",
         "gretfound.fine_tuning",
@@ -53,6 +54,7 @@ ROWS = [
     {"gretfound.duplicates", "gretfound.receipt", "gretfound.strongbox"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
     {"gretfound.ledger", "gretfound.withdrawal"},
+    {"gretfound.quarantine"},
     {"gretfound.storage"},
     {"gretfound.disclosure"},
     {

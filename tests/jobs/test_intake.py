@@ -438,7 +438,7 @@ def test_admit__works_on_an_object_store(s3_hub: str, tmp_path: Path) -> None:
 def test_admit__says_what_it_did_not_judge_and_writes_a_receipt(hub: Hub, tmp_path: Path) -> None:
     outcome = _admit(hub, _image_package(tmp_path / "package.age", num_images=2))
     steps = {step.state: step.message for step in History(hub.uri, outcome.package_sha256).steps}
-    assert "no generator" in steps["PRIVACY"] and "no probes" in steps["BEHAVIOUR"]
+    assert "no generator" in steps["PRIVACY"] and "jobs.probe_generators" in steps["BEHAVIOUR"]
     book = ledger.Ledger(hub.uri)
     for _ in range(2):
         _enter(hub, outcome, book)
