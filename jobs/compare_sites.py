@@ -12,17 +12,17 @@ from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError, LineageError
-from jobs import console
+from jobs import console, pool
+from jobs.pool import PoolConfig
 
 # What a report depends on; everything else only says where and how fast it is made.
 RESULT_KEYS = ("label_keys", "num_images", "resolution_px", "encoder_id", "num_bootstraps", "seed", "images_per_part")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PoolConfig):
     """What `compare_sites` reads."""
 
-    hub_uri: str = setting(help="where the hub lies: file://, s3://, gs://, abfs:// or a path")
     label_keys: list[str] = setting([], "labels that are compared, as any_dr or glaucoma; empty: all with two classes")
     num_images: int = setting(500, "real photographs of each site, and drawn ones, that labels are compared on at most")
     resolution_px: int = setting(256, "what their field of view is brought to first")
@@ -30,18 +30,12 @@ class Config:
     num_bootstraps: int = setting(1000, "resamples of the patients, for 95% intervals")
     seed: int = setting(0, "decides folds, who is held out, and resamples")
     images_per_part: int = setting(64, "photographs a part, and lost at most when an actor dies")
-    batch_size: int = setting(16, "photographs that an actor holds at a time")
-    num_actors: int = setting(1, "actors that read photographs, each with the encoder loaded")
-    cpus_per_actor: float = setting(1.0, "CPUs that each one reserves")
-    gpus_per_actor: float = setting(0.0, "GPUs that each one reserves; 0 takes the CPU")
-    autoscaling: bool = setting(False, "whether the cluster adds nodes on demand")
 
     def __post_init__(self) -> None:
         """Checks what one key cannot."""
         if self.num_bootstraps < 100:
             raise ConfigError(f"num_bootstraps={self.num_bootstraps} must be at least 100")
-        if min(self.num_images, self.resolution_px, self.images_per_part, self.batch_size) < 1:
-            raise ConfigError("num_images, resolution_px, images_per_part and batch_size must be at least 1")
+        pool.require_counts(self, "num_images", "resolution_px", "images_per_part", "batch_size", "num_actors")
 
 
 def main(argv: list[str]) -> str:
@@ -49,7 +43,7 @@ def main(argv: list[str]) -> str:
     config = load(Config, argv)
     from tqdm import tqdm
 
-    from gretfound import fit, generator_evaluation, lineage, site_comparison, storage, withdrawal
+    from gretfound import generator_evaluation, lineage, site_comparison, storage, withdrawal
     from gretfound.lineage import Encoder, Report, ShardSet
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -65,13 +59,7 @@ def main(argv: list[str]) -> str:
         return finished.id
     run_uri = storage.run_uri(hub_uri, recipe)
     storage.write_bytes(storage.join(run_uri, "config.yaml"), to_yaml(config).encode())
-    console.start_ray()
-    fit.check_resources(
-        num_workers=config.num_actors,
-        cpus_per_worker=config.cpus_per_actor,
-        gpus_per_worker=config.gpus_per_actor,
-        autoscaling=config.autoscaling,
-    )
+    pool.start(config)
     readings = site_comparison.plan_readings(
         hub_uri,
         shard_sets,
@@ -84,14 +72,10 @@ def main(argv: list[str]) -> str:
     with tqdm(total=sum(part.num for part in parts), desc="reading", unit="image") as bar:
         generator_evaluation.examine_parts(
             parts,
-            num_actors=config.num_actors,
-            cpus_per_actor=config.cpus_per_actor,
-            gpus_per_actor=config.gpus_per_actor,
+            **pool.arguments_of(config),
             on_progress=bar.update,
             hub_uri=hub_uri,
             encoder_id=config.encoder_id,
-            batch_size=config.batch_size,
-            device="cuda" if config.gpus_per_actor else "cpu",
         )
     return site_comparison.publish(
         hub_uri,

@@ -14,7 +14,7 @@ from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
-from jobs import assemble_corpus, console, drawing
+from jobs import assemble_corpus, console, drawing, pool
 from jobs.drawing import DrawingConfig
 
 # What a report depends on; everything else only says where and how fast it is made.
@@ -46,7 +46,7 @@ class Config(DrawingConfig):
     def __post_init__(self) -> None:
         """Checks what one key cannot."""
         super().__post_init__()
-        drawing.require_counts(self, "num_images", "max_real", "num_pictures", "images_per_part")
+        pool.require_counts(self, "num_images", "max_real", "num_pictures", "images_per_part")
         from gretfound.metadata import SUMMARY_KEYS
 
         if odd := sorted(set(self.attributes) - set(SUMMARY_KEYS)):
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> str:
     config = load(Config, argv)
     from tqdm import tqdm
 
-    from gretfound import fit, generator_evaluation, lineage, storage, synthesis, withdrawal
+    from gretfound import generator_evaluation, lineage, storage, synthesis, withdrawal
     from gretfound.lineage import Encoder, Generator, Report
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -78,13 +78,7 @@ def main(argv: list[str]) -> str:
         for recipe in unfinished:
             config_uri = storage.join(storage.run_uri(hub_uri, recipe), "config.yaml")
             storage.write_bytes(config_uri, to_yaml(config).encode())
-        console.start_ray()
-        fit.check_resources(
-            num_workers=config.num_actors,
-            cpus_per_worker=config.cpus_per_actor,
-            gpus_per_worker=config.gpus_per_actor,
-            autoscaling=config.autoscaling,
-        )
+        pool.start(config)
         real = generator_evaluation.real_shards(hub_uri, list(unfinished.values()))
         shards = [part for shard_set in real.values() for part in shard_set.shards]
         assemble_corpus.sign_shards(hub_uri, shards, hash_cpus=config.num_actors * config.cpus_per_actor)
@@ -101,14 +95,10 @@ def main(argv: list[str]) -> str:
         with tqdm(total=sum(part.num for part in everything), desc="measuring", unit="image") as bar:
             generator_evaluation.examine_parts(
                 everything,
-                num_actors=config.num_actors,
-                cpus_per_actor=config.cpus_per_actor,
-                gpus_per_actor=config.gpus_per_actor,
+                **pool.arguments_of(config),
                 on_progress=bar.update,
                 hub_uri=hub_uri,
                 encoder_id=config.encoder_id,
-                batch_size=config.batch_size,
-                device="cuda" if config.gpus_per_actor else "cpu",
                 precision=config.precision,
                 wishing=asked,
                 drawing={"num_steps": config.num_steps, "guidance_scale": config.guidance_scale},

@@ -362,6 +362,20 @@ def window_for(config: Config, available: Mapping[str, float]) -> int:
     return max(1, min([config.max_concurrent, *fits]))
 
 
+WITHOUT_EFFECT = ("accumulation", "recomputes_activations")  # but for rounding
+LATER_KEYS = (("cell_dropout", 0.0), ("offset_noise", 0.0))  # with what was done before they came
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Returns what a generator depends on; at the defaults of later keys a hub's earlier runs are found again."""
+    settings = {
+        name: value
+        for name, value in canonical(config.tuning).items()
+        if name not in WITHOUT_EFFECT and (name, value) not in LATER_KEYS
+    }
+    return settings | {"held_out_share": config.held_out_share}
+
+
 def plan(config: Config, hub_uri: str) -> list[Work]:
     """Lists the runs that the configuration asks for: one for each contribution of photographs.
 
@@ -384,7 +398,7 @@ def plan(config: Config, hub_uri: str) -> list[Work]:
     of_contribution = {
         each.parents[0]: each for each in storage.read_records(hub_uri, ShardSet) if each.origin == "real"
     }
-    settings = canonical(config.tuning) | {"held_out_share": config.held_out_share}
+    settings = settings_of(config)
     group = lineage.recipe_id("finetune_generators", settings, [base.id, *(each.id for each in contributions)])
     generators = list(withdrawal.read_remaining(hub_uri, Generator))
     works = []

@@ -14,7 +14,7 @@ from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
-from jobs import console, drawing
+from jobs import console, drawing, pool
 from jobs.drawing import DrawingConfig
 
 # What a report depends on; everything else only says where and how fast it is made.
@@ -41,7 +41,7 @@ class Config(DrawingConfig):
     def __post_init__(self) -> None:
         """Checks what one key cannot."""
         super().__post_init__()
-        drawing.require_counts(self, "num_seeds", "images_per_part")
+        pool.require_counts(self, "num_seeds", "images_per_part")
         from gretfound.metadata import SUMMARY_KEYS
 
         if odd := sorted(set(self.word_keys) - set(SUMMARY_KEYS)):
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> str:
     config = load(Config, argv)
     from tqdm import tqdm
 
-    from gretfound import fit, generator_evaluation, lineage, probing, storage, synthesis, withdrawal
+    from gretfound import generator_evaluation, lineage, probing, storage, synthesis, withdrawal
     from gretfound.lineage import Encoder, Report
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -86,25 +86,15 @@ def main(argv: list[str]) -> str:
             images_per_part=config.images_per_part,
         )
     if probes:
-        console.start_ray()
-        fit.check_resources(
-            num_workers=config.num_actors,
-            cpus_per_worker=config.cpus_per_actor,
-            gpus_per_worker=config.gpus_per_actor,
-            autoscaling=config.autoscaling,
-        )
+        pool.start(config)
     parts = [part for probe in probes.values() for part in probe.parts]
     with tqdm(total=sum(part.num for part in parts), desc="probing", unit="image") as bar:
         generator_evaluation.examine_parts(
             parts,
-            num_actors=config.num_actors,
-            cpus_per_actor=config.cpus_per_actor,
-            gpus_per_actor=config.gpus_per_actor,
+            **pool.arguments_of(config),
             on_progress=bar.update,
             hub_uri=hub_uri,
             encoder_id=config.encoder_id,
-            batch_size=config.batch_size,
-            device="cuda" if config.gpus_per_actor else "cpu",
             precision=config.precision,
             drawing={"num_steps": config.num_steps, "guidance_scale": config.guidance_scale},
         )

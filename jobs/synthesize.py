@@ -15,7 +15,7 @@ from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
-from jobs import console, drawing
+from jobs import console, drawing, pool
 from jobs.drawing import DrawingConfig
 
 
@@ -40,7 +40,7 @@ class Config(DrawingConfig):
     def __post_init__(self) -> None:
         """Checks what one key cannot."""
         super().__post_init__()
-        drawing.require_counts(self, "num_images", "images_per_shard")
+        pool.require_counts(self, "num_images", "images_per_shard")
         if self.is_few_step and (self.guidance_scale != 1 or self.num_steps > 50):
             raise ConfigError(
                 f"is_few_step=true needs guidance_scale=1, which its generators have learnt, and num_steps of at most "
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> str:
     config = load(Config, argv)
     from tqdm import tqdm
 
-    from gretfound import fit, lineage, matching, storage, synthesis
+    from gretfound import lineage, matching, storage, synthesis
     from gretfound.lineage import ShardSet
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -93,29 +93,19 @@ def main(argv: list[str]) -> str:
             images_per_shard=config.images_per_shard,
         )
     if unfinished:
-        console.start_ray()
-        fit.check_resources(
-            num_workers=config.num_actors,
-            cpus_per_worker=config.cpus_per_actor,
-            gpus_per_worker=config.gpus_per_actor,
-            autoscaling=config.autoscaling,
-        )
+        pool.start(config)
         with tqdm(total=config.num_images * len(unfinished), desc="drawing", unit="image") as bar:
             synthesis.paint(
                 [part for each in parts.values() for part in each],
-                num_actors=config.num_actors,
-                cpus_per_actor=config.cpus_per_actor,
-                gpus_per_actor=config.gpus_per_actor,
+                **pool.arguments_of(config),
                 on_progress=bar.update,
                 hub_uri=hub_uri,
                 seed=config.seed,
                 balance=config.balance,
                 num_steps=config.num_steps,
                 guidance_scale=config.guidance_scale,
-                batch_size=config.batch_size,
                 jpeg_quality=config.jpeg_quality,
                 is_screened=config.is_screened,
-                device="cuda" if config.gpus_per_actor else "cpu",
                 precision=config.precision,
             )
     for generator in unfinished:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gretfound import storage
+from gretfound import lineage, storage
 from gretfound.config import load
 from gretfound.errors import ConfigError, GretfoundError, LineageError
 from gretfound.generator import pipeline
@@ -15,11 +15,46 @@ from tests.tiny_generator import publish_base, publish_site, unet_output, write_
 SMALL = [
     "tuning.num_images_seen=16",
     "tuning.batch_size=4",
+    "tuning.accumulation=2",
+    "tuning.cell_dropout=0.3",
     "tuning.learning_rate=0.01",
     "tuning.lora_rank=2",
     "cluster.cpus_per_worker=0.5",
     "cluster.max_failures=0",
 ]
+
+
+# Ids of 2026-11-22: a hub's finished runs are found by them.
+@pytest.mark.parametrize(
+    ("layer", "recipe_id"),
+    [
+        ("", "finetune_generator-52556f431214e25cf9e2"),
+        ("conf/generator/finetune_demo.yaml", "finetune_generator-8fdb0851057a2207b8e4"),
+        ("conf/generator/finetune_sd15.yaml", "finetune_generator-b7ef8f9c9e2120f2c44b"),
+    ],
+)
+def test_settings_of__recipe_id_is_what_it_was(layer: str, recipe_id: str) -> None:
+    layers = [*([layer] if layer else []), "hub_uri=x", "base_id=y"]
+    config, other, faster = (
+        load(finetune_generators.Config, [*layers, *more])
+        for more in ([], ["tuning.cell_dropout=0.1"], ["tuning.accumulation=2", "tuning.recomputes_activations=true"])
+    )
+    found = [
+        lineage.recipe_id("finetune_generator", finetune_generators.settings_of(each), ["generator-0"])
+        for each in (config, faster, other)
+    ]
+    assert found[:2] == [recipe_id] * 2 and found[2] != recipe_id
+
+
+def test_load__shares_are_tenths_and_a_step_divides() -> None:
+    for key, said in (
+        ("cell_dropout=0.25", "tuning.cell_dropout=0.25 is none of"),
+        ("cell_dropout=1", "tuning.cell_dropout=1 is none of"),
+        ("accumulation=3", "batch_size=16 is not divisible by cluster.num_workers=1 times tuning.accumulation=3"),
+        ("accumulation=0", "tuning.accumulation=0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load(finetune_generators.Config, ["hub_uri=x", "base_id=y", f"tuning.{key}"])
 
 
 def test_finetune_generators__a_failing_site_leaves_the_others_alone(ray_cluster: None, tmp_path: Path) -> None:
