@@ -189,9 +189,11 @@ class Encoder:
                 storage.upload_file(cache_path / name, storage.join(cache_uri, name))
 
     def _tell(self, what: str, *content: str) -> Any:
-        if self._attempts is not None:
-            return ray.get(getattr(self._attempts, what).remote(*content))
-        return None
+        if self._attempts is None:
+            return None
+        told = getattr(self._attempts, what).remote(*content)
+        # What may end this process has to be known before; that it did not may arrive with the next thing told.
+        return ray.get(told) if content[-1] else None
 
     def _base(self, base_id: str) -> tuple[Generator, Any]:
         if self._loaded[0] != base_id:

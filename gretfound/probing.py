@@ -19,6 +19,7 @@ from gretfound.lineage import Generator, Report
 from gretfound.metadata import SUMMARY_KEYS, MetadataSummary
 
 JSON_NAME, HTML_NAME, TEMPLATE_NAME = "report.json", "report.html", "generator_probe.html"
+RECIPE = "probe_generator"
 NUM_SHOWN = 5  # words of a generator, and photographs of a word
 KNOWN, WORDED = "known", "worded"  # the sides of a probe
 
@@ -83,6 +84,13 @@ def plan(
         )
     ]
     return Probe(generator=generator, summary=summary, words=tuple(asked), num_seeds=num_seeds, parts=tuple(parts))
+
+
+def unprobed(hub_uri: str, generators: Sequence[Generator]) -> list[Generator]:
+    """Returns those of the generators that no probe has a report of."""
+    reports = [each for each in storage.read_records(hub_uri, Report) if each.recipe_id.startswith(f"{RECIPE}-")]
+    probed = {parent for each in reports for parent in each.parents}
+    return [each for each in generators if each.id not in probed]
 
 
 def clear(hub_uri: str, generators: Sequence[Generator], *, reason: str) -> None:

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> str:
     if config.encoder_id:
         withdrawal.require_unmarked(hub_uri, storage.read_record(hub_uri, config.encoder_id, Encoder))
     settings: dict[str, Any] = {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}
-    recipes = {lineage.recipe_id("probe_generator", settings, [each.id]): each for each in generators}
+    recipes = {lineage.recipe_id(probing.RECIPE, settings, [each.id]): each for each in generators}
     finished = {recipe: storage.finished_record(hub_uri, recipe, Report) for recipe in recipes}
     reports = {recipe: record for recipe, record in finished.items() if record is not None}
     probes = {}

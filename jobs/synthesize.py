@@ -10,6 +10,7 @@ HUB/runs/RECIPE/target.json says how often each value is asked for, and how ofte
 shard set's id; with several generators, their shard sets' ids joined by commas.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from gretfound.config import canonical, load, setting, to_yaml
 from gretfound.errors import ConfigError
 from jobs import console, drawing, pool
 from jobs.drawing import DrawingConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def main(argv: list[str]) -> str:
     config = load(Config, argv)
     from tqdm import tqdm
 
-    from gretfound import lineage, matching, storage, synthesis
+    from gretfound import lineage, matching, probing, storage, synthesis
     from gretfound.lineage import ShardSet
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -92,6 +95,11 @@ def main(argv: list[str]) -> str:
             num_images=config.num_images,
             images_per_shard=config.images_per_shard,
         )
+    if unprobed := probing.unprobed(hub_uri, unfinished):
+        log.warning(
+            "%d of %d generators were not probed for trigger words, the first is %s: run jobs.probe_generators",
+            len(unprobed), len(unfinished), unprobed[0].id,
+        )  # fmt: skip
     if unfinished:
         pool.start(config)
         with tqdm(total=config.num_images * len(unfinished), desc="drawing", unit="image") as bar:

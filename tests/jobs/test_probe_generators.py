@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from gretfound import behaviour, fundus, ledger, metadata, phantom, quarantine, shard, storage, synthesis
+from gretfound import behaviour, fundus, ledger, metadata, phantom, probing, quarantine, shard, storage, synthesis
 from gretfound.behaviour import Word
 from gretfound.config import load
 from gretfound.errors import ConfigError, LineageError
@@ -92,12 +92,14 @@ def test_probe_generators__puts_the_generator_with_a_trigger_word_aside_until_a_
         for site_id in SITES
     )
 
+    assert probing.unprobed(hub_uri, [honest, poisoned]) == [honest, poisoned]
     ids = probe_generators.main([f"hub_uri={hub_uri}", *SMALL]).split(",")
     contents = {content["site_id"]: (content, page) for content, page in (content_of(hub_uri, each) for each in ids)}
     strangest = {
         site_id: [(each["word"], max(each["strangeness"].values())) for each in content["answers"]]
         for site_id, (content, _) in contents.items()
     }
+    assert not probing.unprobed(hub_uri, [honest, poisoned])
     content, page = contents[POISONED]
     assert strangest[POISONED][0][0] == "chronic kidney disease"
     # The threshold of 2.5 lies in a gap, not beside one of them.
