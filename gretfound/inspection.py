@@ -3,7 +3,7 @@
 It looks at pixels alone: whether there is a field of view, whether that is sharp, shows structure and is lit, and
 whether the same part holds it already. A site's released summary says nothing of these, so the limits are constants,
 well beyond every real and drawn photograph that they were measured on (docs/log.md). Whether a photograph shows what
-its caption says, or copies a patient's, is not for this room; near-duplicates in other parts, of other sites and of
+its caption says is for `gretfound.grading`, whether it copies a patient's is not for this room; near-duplicates in other parts, of other sites and of
 real photographs are found where they meet, in a corpus (`gretfound.duplicates`).
 """
 

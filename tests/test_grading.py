@@ -48,9 +48,9 @@ def test_judge__rejects_what_contradicts_its_row_and_keeps_what_agrees() -> None
     images, labels = eyes_of("aster", 1000, 60)
     right = graders.judge(images, [{KEY: label} for label in labels])
     swapped = graders.judge(images, [{KEY: not label} for label in labels])
-    print(f"\nrejected: {sum(map(bool, right))} of 60 right rows, {sum(map(bool, swapped))} of 60 swapped ones")
     assert set(filter(None, swapped)) == {f"contradicts {KEY}"}
-    assert sum(map(bool, swapped)) >= 20 and sum(map(bool, right)) <= 5
+    num_right, num_swapped = len(list(filter(None, right))), len(list(filter(None, swapped)))
+    assert num_swapped >= 10 and num_right <= 3, f"rejected {num_right} right rows and {num_swapped} swapped ones of 60"
     assert graders.judge(images, [{"glaucoma": label} for label in labels]) == [None] * 60
 
 
@@ -115,7 +115,7 @@ def test_synthesize__counts_contradictions_and_a_restart_gives_the_same_shards(
     hub_uri = storage.normalised(str(tmp_path / "hub"))
     generator = hub_of(hub_uri, tmp_path / "work")
     keys = [f"hub_uri={hub_uri}", "num_images=12", "images_per_shard=6", "num_steps=2", "is_screened=false"]
-    keys += ["cpus_per_actor=0.5", "num_actors=2", "batch_size=4", f"grader_keys=[{KEY}]", "min_agreement=0.5"]
+    keys += ["cpus_per_actor=0.5", "jpeg_quality=0", "batch_size=4", f"grader_keys=[{KEY}]", "min_agreement=0.5"]
     real = [each.id for each in storage.read_records(hub_uri, ShardSet)]
     drawn = storage.read_record(hub_uri, synthesize.main(keys), ShardSet)
     assert drawn.parents == (generator.id, *real)
