@@ -329,6 +329,7 @@ def fit_head(
     label_column: str,
     release_id: str,
     seed: int,
+    groups: Sequence[str] = (),
     num_folds: int = NUM_FOLDS,
     num_resamples: int = NUM_RESAMPLES,
 ) -> tuple[Head, CrossValidation]:
@@ -341,6 +342,7 @@ def fit_head(
         label_column: Kept with the head.
         release_id: The release that made the embeddings; kept with the head.
         seed: Of the folds and the bootstrap.
+        groups: Of each photograph, such as its site: only photographs of one group are compared; empty: all.
         num_folds: Fewer where the smallest class has fewer patients.
         num_resamples: Bootstrap resamples of patients for the interval.
 
@@ -366,8 +368,10 @@ def fit_head(
             feature_ND[train], label_N[train], patient_N[train], feature_ND[test], num_classes=len(names), seed=seed
         )
         fold_N[test] = fold
+    group_N = np.unique(np.array(groups), return_inverse=True)[1] if groups else np.zeros(len(label_N), np.int64)
+    compared_N = fold_N + (fold_N.max() + 1) * group_N
     value, resampled_R = metrics.bootstrap(
-        metrics.auroc_by_resample, label_N, score_NC, fold_N, patient_N, num_resamples=num_resamples, seed=seed
+        metrics.auroc_by_resample, label_N, score_NC, compared_N, patient_N, num_resamples=num_resamples, seed=seed
     )
     weight_CD, bias_C = _linear_form(feature_ND, label_N, patient_N, num_classes=len(names), seed=seed)
     head = Head(

@@ -28,6 +28,7 @@ import ray.exceptions
 from gretfound import (
     duplicates,
     fundus,
+    grading,
     holdout,
     inspection,
     lineage,
@@ -46,7 +47,7 @@ from gretfound.evaluation.fidelity import Space
 from gretfound.evaluation.generator_report import Contrast, Drawn, Pictures, Sweep
 from gretfound.fundus import Photograph
 from gretfound.generator.sampling import draw_photographs
-from gretfound.lineage import Contribution, Encoder, Generator, Report, ShardSet
+from gretfound.lineage import Contribution, Generator, Report, ShardSet
 from gretfound.metadata import BLANK, Cells, MetadataSummary
 from gretfound.synthesis import Wish
 
@@ -428,10 +429,7 @@ def spaces_of(hub_uri: str, encoder_id: str, *, device: str) -> dict[str, Space]
     spaces: dict[str, Space] = {"scattering": features.scattering_space}
     if not encoder_id:
         return spaces | {"thumbnail": features.thumbnail_space}
-    record = storage.read_record(hub_uri, encoder_id, Encoder)
-    with storage.scratch_folder() as folder:
-        path = storage.fetch_folder(hub_uri, record, Path(folder))
-        return spaces | {"encoder": features.encoder_space(path, device=device)}
+    return spaces | {"encoder": grading.space_of(hub_uri, encoder_id, device=device)}
 
 
 def examine_parts(

@@ -3,8 +3,8 @@
 It looks at pixels alone: whether there is a field of view, whether that is sharp, shows structure and is lit, and
 whether the same part holds it already. A site's released summary says nothing of these, so the limits are constants,
 well beyond every real and drawn photograph that they were measured on (docs/log.md). Whether a photograph shows what
-its caption says, or copies a patient's, is not for this room; near-duplicates in other parts, of other sites and of
-real photographs are found where they meet, in a corpus (`gretfound.duplicates`).
+its caption says is for `gretfound.grading`; whether it copies a patient's is not for this room either. Near-duplicates
+in other parts, of other sites and of real photographs are found where they meet, in a corpus (`gretfound.duplicates`).
 """
 
 from dataclasses import dataclass

@@ -585,6 +585,7 @@ _OCULAR = (
     ("cataract", "cataract"),
     ("pathologic_myopia", "pathologic myopia"),
 )
+GRADED_KEYS = ("dr_present", *(key for key, _ in _OCULAR))  # yes or no, and a photograph may show it
 _SYSTEMIC = (
     ("diabetes", "diabetes"),
     ("hypertension", "hypertension"),

@@ -5,6 +5,7 @@ are written by the actor that drew it. A job that is run again draws only the pa
 is lost or doubled.
 """
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,9 @@ import ray.data
 import torch
 from diffusers import StableDiffusionPipeline
 
-from gretfound import fundus, inspection, lineage, matching, metadata, shard, storage, withdrawal
+from gretfound import fundus, grading, inspection, lineage, matching, metadata, shard, storage, withdrawal
 from gretfound.errors import LineageError
+from gretfound.fundus import Photograph
 from gretfound.generator.pipeline import load_pipeline
 from gretfound.generator.sampling import draw_photographs
 from gretfound.lineage import Contribution, Generator, ShardSet
@@ -150,6 +152,7 @@ class Painter:
         batch_size: Photographs drawn together.
         jpeg_quality: 1 to 100; 0 stores PNG, without loss.
         is_screened: Whether what `inspection` rejects is left out.
+        is_graded: Whether what contradicts its row is left out, by the graders in the run's folder.
         device: ``cpu`` or ``cuda``.
         precision: ``float32`` or ``bfloat16``.
     """
@@ -165,11 +168,12 @@ class Painter:
         batch_size: int,
         jpeg_quality: int,
         is_screened: bool,
+        is_graded: bool,
         device: str,
         precision: str,
     ) -> None:
         self._hub_uri, self._seed, self._balance, self._jpeg_quality = hub_uri, seed, balance, jpeg_quality
-        self._is_screened = is_screened
+        self._is_screened, self._is_graded, self._batch_size = is_screened, is_graded, batch_size
         self._drawing: dict[str, Any] = {
             "num_steps": num_steps,
             "guidance_scale": guidance_scale,
@@ -177,6 +181,7 @@ class Painter:
         }
         self._device, self._precision = device, precision
         self._loaded: tuple[str, Any] = ("", None)
+        self._graders: tuple[str, Any] = ("", None)
 
     def __call__(self, parts: dict[str, npt.NDArray[Any]]) -> dict[str, list[Any]]:
         """Draws each part that has no receipt yet; returns how many photographs each one holds."""
@@ -203,11 +208,15 @@ class Painter:
         rejected: Counter[str] = Counter()
         inspector = inspection.Inspector(num_images=part.num_images)
 
-        def rows() -> Iterator[dict[str, Any]]:
+        def inspected() -> Iterator[tuple[Photograph, Wish]]:
             for image, wish in zip(drawn, wishes, strict=True):
                 if self._is_screened and (reason := inspector.judge(image)):
                     rejected[reason] += 1
                     continue
+                yield image, wish
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for image, wish in self._graded(part, inspected(), rejected) if self._is_graded else inspected():
                 jpeg = self._jpeg_quality
                 yield shard.row_of(
                     fundus.encode_jpeg(image, quality=jpeg) if jpeg else fundus.encode_png(image),
@@ -222,6 +231,17 @@ class Painter:
         written = shard.write_shard(self._hub_uri, rows())
         receipt = {"shard": asdict(written) if written.num_images else None, "rejected": dict(rejected)}
         storage.write_json(part.receipt_uri, receipt)
+
+    def _graded(
+        self, part: Part, drawn: Iterator[tuple[Photograph, Wish]], rejected: Counter[str]
+    ) -> Iterator[tuple[Photograph, Wish]]:
+        if self._graders[0] != part.run_uri:
+            uri = storage.join(part.run_uri, grading.NAME)
+            self._graders = (part.run_uri, grading.read(self._hub_uri, uri, device=self._device))
+        while block := list(itertools.islice(drawn, self._batch_size)):
+            reasons = self._graders[1].judge([image for image, _ in block], [dict(wish.cells) for _, wish in block])
+            rejected.update(filter(None, reasons))
+            yield from (each for each, reason in zip(block, reasons, strict=True) if reason is None)
 
     def _pipeline(self, generator_id: str) -> Any:
         if self._loaded[0] != generator_id:
@@ -312,8 +332,8 @@ def work_off(
     yield from done.iter_rows()
 
 
-def gather(parts: Sequence[Part], *, generator: Generator, recipe_id: str) -> ShardSet:
-    """Makes the shard set of a generator's finished parts.
+def gather(parts: Sequence[Part], *, generator: Generator, recipe_id: str, graded_by: Sequence[str] = ()) -> ShardSet:
+    """Makes the shard set of a generator's finished parts; ``graded_by`` are ids of what its graders were fitted on.
 
     Raises:
         LineageError: If every photograph was rejected.
@@ -326,7 +346,7 @@ def gather(parts: Sequence[Part], *, generator: Generator, recipe_id: str) -> Sh
     if not shards:
         raise LineageError(f"{generator.id} drew no usable photograph; rejected: {dict(rejected)}; train it longer")
     return ShardSet(
-        parents=(generator.id,),
+        parents=(generator.id, *graded_by),
         recipe_id=recipe_id,
         site_id=generator.site_id,
         origin="synthetic",

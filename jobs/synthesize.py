@@ -11,13 +11,18 @@ shard set's id; with several generators, their shard sets' ids joined by commas.
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from gretfound.config import canonical, load, setting, to_yaml
-from gretfound.errors import ConfigError
+from gretfound.errors import ConfigError, LineageError
 from jobs import console, drawing, pool
 from jobs.drawing import DrawingConfig
+
+if TYPE_CHECKING:
+    from gretfound.lineage import Generator, ShardSet
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +44,17 @@ class Config(DrawingConfig):
     is_screened: bool = setting(
         True, "leave out what is no fundus photograph, of bad quality or there already; counted"
     )
+    grader_keys: list[str] = setting(
+        [], "columns, as dr_present: leave out what contradicts its row, by graders fitted on real photographs; counted"
+    )
+    grader_encoder_id: str = setting("", "encoder in whose features graders see; empty: wavelet scattering")
+    grader_images: int = setting(500, "real photographs of each site that graders are fitted on at most")
+    min_agreement: float = setting(0.1, "least probability, 0 to 1, that a grader must give the value of a row")
 
     def __post_init__(self) -> None:
         """Checks what one key cannot."""
         super().__post_init__()
-        pool.require_counts(self, "num_images", "images_per_shard")
+        pool.require_counts(self, "num_images", "images_per_shard", "grader_images")
         if self.is_few_step and (self.guidance_scale != 1 or self.num_steps > 50):
             raise ConfigError(
                 f"is_few_step=true needs guidance_scale=1, which its generators have learnt, and num_steps of at most "
@@ -51,8 +62,14 @@ class Config(DrawingConfig):
             )
         if not 0 <= self.jpeg_quality <= 100:
             raise ConfigError(f"jpeg_quality={self.jpeg_quality} is not within 0 to 100")
-        from gretfound import matching
+        from gretfound import matching, metadata
 
+        if unknown := sorted(set(self.grader_keys) - set(metadata.GRADED_KEYS)):
+            raise ConfigError(
+                f"grader_keys: found {', '.join(unknown)}; required some of {', '.join(metadata.GRADED_KEYS)}"
+            )
+        if not 0 < self.min_agreement < 1:
+            raise ConfigError(f"min_agreement={self.min_agreement:g} is not between 0 and 1")
         matching.check_balance(self.balance)
 
 
@@ -60,11 +77,79 @@ class Config(DrawingConfig):
 RESULT_KEYS = (
     *drawing.RESULT_KEYS, "num_images", "seed", "balance", "images_per_shard", "jpeg_quality", "is_screened"
 )  # fmt: skip
+# What only a run with graders depends on: without them the id is that of the time before they came.
+GRADER_KEYS = ("grader_keys", "grader_encoder_id", "grader_images", "min_agreement")
 
 
 def result_settings(config: Config) -> dict[str, Any]:
     """Returns what names the recipe."""
-    return {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}
+    names = (*RESULT_KEYS, *(GRADER_KEYS if config.grader_keys else ()))
+    return {name: value for name, value in canonical(config).items() if name in names}
+
+
+def real_shard_sets(config: Config, hub_uri: str) -> "list[ShardSet]":
+    """Returns what graders are fitted on, once it is sure that they may be.
+
+    Raises:
+        LineageError: If the hub holds no real photographs, or the encoder was withdrawn.
+    """
+    from gretfound import storage, withdrawal
+    from gretfound.lineage import Encoder, ShardSet
+
+    found = [each for each in withdrawal.read_remaining(hub_uri, ShardSet) if each.origin == "real"]
+    if not found:
+        raise LineageError("grader_keys: the hub holds no real photographs to fit graders on; leave it empty")
+    if config.grader_encoder_id:
+        withdrawal.require_unmarked(hub_uri, storage.read_record(hub_uri, config.grader_encoder_id, Encoder))
+    return found
+
+
+def write_graders(
+    config: Config,
+    hub_uri: str,
+    generators: "Sequence[Generator]",
+    recipes: Mapping[str, str],
+    shard_sets: "Sequence[ShardSet]",
+) -> None:
+    """Decides what grades each generator's run, once for each size of photographs; what was decided before stays."""
+    from tqdm import tqdm
+
+    from gretfound import generator_evaluation, grading, lineage, site_comparison, storage
+
+    decided = {each.id: storage.join(storage.run_uri(hub_uri, recipes[each.id]), grading.NAME) for each in generators}
+    missing = [each for each in generators if not storage.exists(decided[each.id])]
+    for resolution_px in sorted({each.resolution_px for each in missing}):
+        settings = {"grader_images": config.grader_images, "resolution_px": resolution_px}
+        parents = [*(each.id for each in shard_sets), *filter(None, [config.grader_encoder_id])]
+        readings = site_comparison.plan_readings(
+            hub_uri,
+            shard_sets,
+            run_uri=storage.run_uri(hub_uri, lineage.recipe_id("read_for_graders", settings, parents)),
+            num_images=config.grader_images,
+            resolution_px=resolution_px,
+            images_per_part=64,
+        )
+        parts = [part for each in readings.values() for part in each]
+        with tqdm(total=sum(part.num for part in parts), desc="reading", unit="image") as bar:
+            generator_evaluation.examine_parts(
+                parts,
+                **pool.arguments_of(config),
+                on_progress=bar.update,
+                hub_uri=hub_uri,
+                encoder_id=config.grader_encoder_id,
+            )
+        space = "encoder" if config.grader_encoder_id else "scattering"
+        collections = site_comparison.read_collections(readings, space=space)
+        keys = sorted(set(config.grader_keys))
+        fitted = site_comparison.on_cluster(partial(grading.fit, collections=collections, seed=config.seed), keys)
+        for generator in missing:
+            if generator.resolution_px == resolution_px:
+                grading.decide(
+                    decided[generator.id],
+                    dict(zip(keys, fitted, strict=True)),
+                    encoder_id=config.grader_encoder_id,
+                    min_agreement=config.min_agreement,
+                )
 
 
 def main(argv: list[str]) -> str:
@@ -78,7 +163,9 @@ def main(argv: list[str]) -> str:
     hub_uri = storage.normalised(config.hub_uri)
     generators = synthesis.generators_of(hub_uri, config.generator_ids, is_few_step=config.is_few_step)
     settings = result_settings(config)
-    recipes = {each.id: lineage.recipe_id("synthesize", settings, [each.id]) for each in generators}
+    real = real_shard_sets(config, hub_uri) if config.grader_keys else []
+    graded_by = [*(each.id for each in real), *filter(None, [config.grader_encoder_id if real else ""])]
+    recipes = {each.id: lineage.recipe_id("synthesize", settings, [each.id, *graded_by]) for each in generators}
     shard_sets = {each.id: storage.finished_record(hub_uri, recipes[each.id], ShardSet) for each in generators}
     unfinished = [each for each in generators if shard_sets[each.id] is None]
     parts = {}
@@ -102,6 +189,8 @@ def main(argv: list[str]) -> str:
         )  # fmt: skip
     if unfinished:
         pool.start(config)
+        if config.grader_keys:
+            write_graders(config, hub_uri, unfinished, recipes, real)
         with tqdm(total=config.num_images * len(unfinished), desc="drawing", unit="image") as bar:
             synthesis.paint(
                 [part for each in parts.values() for part in each],
@@ -114,10 +203,13 @@ def main(argv: list[str]) -> str:
                 guidance_scale=config.guidance_scale,
                 jpeg_quality=config.jpeg_quality,
                 is_screened=config.is_screened,
+                is_graded=bool(config.grader_keys),
                 precision=config.precision,
             )
     for generator in unfinished:
-        shard_set = synthesis.gather(parts[generator.id], generator=generator, recipe_id=recipes[generator.id])
+        shard_set = synthesis.gather(
+            parts[generator.id], generator=generator, recipe_id=recipes[generator.id], graded_by=graded_by
+        )
         storage.write_record(hub_uri, shard_set)
         shard_sets[generator.id] = shard_set
     return ",".join(record.id for record in shard_sets.values() if record is not None)

@@ -30,8 +30,8 @@ ROWS = [
         "gretfound.pretraining",
         "gretfound.site_states",
     },
-    {"gretfound.opening"},
-    {"gretfound.sealing"},
+    {"gretfound.opening", "gretfound.synthesis"},
+    {"gretfound.grading", "gretfound.sealing"},
     {
         "gretfound.agreement",
         "gretfound.behaviour",
@@ -40,7 +40,6 @@ ROWS = [
         "gretfound.fine_tuning",
         "gretfound.ingest",
         "gretfound.release",
-        "gretfound.synthesis",
         "gretfound.tracking",
     },
     {"gretfound.gate", "gretfound.trial"},
