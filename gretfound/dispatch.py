@@ -19,6 +19,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from gretfound import (
@@ -39,7 +40,7 @@ from gretfound import (
     signing,
     storage,
 )
-from gretfound.errors import ConfigError, GretfoundError
+from gretfound.errors import ConfigError, GretfoundError, StorageError
 from gretfound.examination import Examination, SitePolicy
 from gretfound.gate import canaries, statement
 from gretfound.gate import policy as gate_policy
@@ -50,6 +51,7 @@ from gretfound.generator.adapter import denoiser_weights
 from gretfound.generator.spending import Ledger
 from gretfound.keyring import Keyring
 from gretfound.sealing import Package
+from gretfound.veto import Veto
 
 if TYPE_CHECKING:
     from gretfound import fit
@@ -406,11 +408,13 @@ def veto(folder_path: Path, drawn_path: Path, *, ring: Keyring, policy: SitePoli
         for row in shard.read_rows(str(drawn_path), columns=["image", "image_id", "origin"]):
             image = fundus.decode_photograph(row["image"])
             if row["origin"] != "synthetic" or row["image_id"] != fundus.pixel_digest(image):
-                raise ConfigError(f"{drawn_path} has a row that is not drawn, or not what its id says; ask the hub again")
+                raise ConfigError(
+                    f"{drawn_path} has a row that is not drawn, or not what its id says; ask the hub again"
+                )
             size_px = size_px or min(image.shape[:2])
             squares.append(fundus.to_square(image, fundus.find_field_of_view(image), size_px))
             image_ids.append(row["image_id"])
-    except (StorageError, fundus.UnreadablePhotograph, ArrowException) as error:
+    except (StorageError, fundus.UnreadablePhotograph, pa.ArrowException) as error:
         raise ConfigError(f"{drawn_path} is no shard of photographs: {error}; ask the hub for it again") from error
     if not squares:
         raise ConfigError(f"{drawn_path} holds no photograph; ask the hub for it again")

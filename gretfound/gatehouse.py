@@ -283,7 +283,9 @@ def find_copies(
     prepared = prepare(found, [{}] * len(found.usable), rules=rules, seed=seed)
     sides = prepared.split
     if prepared.first.verdict != "PASS":
-        raise ConfigError(f"{prepared.first.reason}; found {prepared.first.measured}, required {prepared.first.required}")
+        raise ConfigError(
+            f"{prepared.first.reason}; found {prepared.first.measured}, required {prepared.first.required}"
+        )
     looking = {eye.name: eye for eye in (eyes.DetailEye(), eyes.VesselEye())}
     others = sorted(set(range(len(prepared.photographs))) - set(sides.trained))
     copies = trial.look_for_copies(

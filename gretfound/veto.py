@@ -60,7 +60,9 @@ def read(content: bytes) -> Veto:
             error.code, f"this is no site's drop list ({error}); `gretfound-site veto` writes one"
         ) from error
     if list(veto.image_ids) != sorted(set(veto.image_ids)):
-        raise ContributionRejected("BAD_FIELD", "the image ids are not sorted, or one stands twice; make the list again")
+        raise ContributionRejected(
+            "BAD_FIELD", "the image ids are not sorted, or one stands twice; make the list again"
+        )
     keys = {each.key_id: signing.public_from_hex(each.public_key) for each in veto.approvals}
     is_signed = signing.verified_key_ids(envelope, keys.values()) == keys.keys() == envelope.signatures.keys()
     if [each.role for each in veto.approvals] != ["container", "steward"] or len(keys) != 2 or not is_signed:
@@ -119,7 +121,8 @@ def _require_own_images(hub_uri: str, veto: Veto) -> None:
     unknown = set(veto.image_ids) - {row["image_id"] for row in rows}
     if unknown:
         raise ContributionRejected(
-            "UNKNOWN_IMAGE", f"{len(unknown)} of {len(veto.image_ids)} ids are no rows of the shard; make the list again"
+            "UNKNOWN_IMAGE",
+            f"{len(unknown)} of {len(veto.image_ids)} ids are no rows of the shard; make the list again",
         )
 
 
