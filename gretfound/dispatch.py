@@ -409,7 +409,7 @@ def veto(folder_path: Path, drawn_path: Path, *, ring: Keyring, policy: SitePoli
             image = fundus.decode_photograph(row["image"])
             if row["origin"] != "synthetic" or row["image_id"] != fundus.pixel_digest(image):
                 raise ConfigError(
-                    f"{drawn_path} has a row that is not drawn, or not what its id says; ask the hub again"
+                    f"{drawn_path} has a row that was not drawn, or is not what its id says; ask the hub again"
                 )
             size_px = size_px or min(image.shape[:2])
             squares.append(fundus.to_square(image, fundus.find_field_of_view(image), size_px))
