@@ -276,7 +276,8 @@ def find_copies(
         Their places.
 
     Raises:
-        ConfigError: If there are too few patients, or the eyes do not find planted copies: then finding none says nothing.
+        ConfigError: If there are too few patients, or the eyes do not find planted copies: then finding none means
+            nothing.
     """
     from gretfound.gate import eyes, trial
 
@@ -306,7 +307,7 @@ def find_copies(
         squares = list(_side(prepared, block, size_px).read(range(len(block))))
         for name, (tau, _) in copies.limits.items():
             near_SM = looking[name].similarity(looking[name].look(drawn), looking[name].look(squares)) > tau
-            flagged |= set(near_SM.any(axis=1).nonzero()[0].tolist())
+            flagged |= {place for place, near_M in enumerate(near_SM) if near_M.any()}
         on_progress(len(block))
     return sorted(flagged)
 

@@ -4,10 +4,10 @@ python -m jobs.assemble_corpus hub_uri=runs/demo/hub evaluation_uris='[runs/demo
 python -m jobs.assemble_corpus conf/corpus/retfound_de.yaml hub_uri=s3://hub
 
 Evaluation images, their near-duplicates and those patients' other images are left out, of this hub's registered sets
-too; so are drawn photographs that a site vetoed, repeats and near-duplicates among the shards. Each shard is read once,
-by Ray Data, for its signatures: planning opens none, and a run that was stopped signs only the rest. Without ``shard_set_ids`` every shard set of the
-hub is taken, except those of ``excluded_site_ids`` and of sites that have withdrawn. Records one Corpus and prints its
-id.
+too; so are drawn photographs that a site vetoed, repeats and near-duplicates among the shards. Each shard is read
+once, by Ray Data, for its signatures: planning opens none, and a run that was stopped signs only the rest. Without
+``shard_set_ids`` every shard set of the hub is taken, except those of ``excluded_site_ids`` and of sites that have
+withdrawn. Records one Corpus and prints its id.
 """
 
 from collections.abc import Sequence

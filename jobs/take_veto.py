@@ -3,9 +3,10 @@
     python -m jobs.take_veto hub_uri=s3://hub list_uri=s3://inbox/drop_list.json
 
 `gretfound-site veto` writes the list. It must be signed by both keys that the roster has of the site, be of a shard
-that this site's generator drew, and name rows of that shard only; else it is refused with a reason and nothing changes.
-It is kept at HUB/vetoes, and the ledger says `vetoed`. Taken twice it counts once. The last line is how many
-photographs it names. Corpora that were assembled before stay, but no encoder is pretrained on one that holds a vetoed photograph.
+that this site's generator drew, and name rows of that shard only; else it is refused with a reason and nothing
+changes. It is kept at HUB/vetoes, and the ledger says `vetoed`. Taken twice it counts once. The last line is how many
+photographs it names. Corpora that were assembled before stay, but no encoder is pretrained on one that holds a vetoed
+photograph.
 """
 
 from dataclasses import dataclass
