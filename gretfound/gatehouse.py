@@ -259,7 +259,7 @@ def find_copies(
     *,
     rules: Policy,
     size_px: int,
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[int], object],
     seed: int = 0,
 ) -> list[int]:
     """Finds the drawn photographs that the untrained eyes take for any of a site's, by the gate's G1 and G2.

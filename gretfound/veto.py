@@ -1,8 +1,8 @@
 """A site's veto: its signed list of drawn photographs that look like its own, and what the hub does with it.
 
 The list holds image ids, digests of *drawn* pixels that the hub has already, and nothing of a real photograph. Taken
-in, it is `HUB/vetoes/SITE/SHA256.json`, as the site signed it; nothing removes it. No corpus that is assembled from then on
-holds these photographs (`gretfound.corpus`).
+in, it is `HUB/vetoes/SITE/SHA256.json`, as the site signed it; nothing removes it. No corpus that is assembled from
+then on holds these photographs (`gretfound.corpus`).
 """
 
 import hashlib
