@@ -42,10 +42,10 @@ REASONS = (  # the first that applies
     "evaluation_image",
     "evaluation_near_duplicate",
     "evaluation_patient",
-    "vetoed",
     "duplicate",
     "near_duplicate",
     "site_cap",
+    "vetoed",  # goes before duplicates; the number of a reason is its place here
 )
 EXCLUSIONS_SCHEMA = pa.schema(
     [
