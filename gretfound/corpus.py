@@ -45,6 +45,7 @@ REASONS = (  # the first that applies
     "duplicate",
     "near_duplicate",
     "site_cap",
+    "vetoed",  # goes before duplicates; the number of a reason is its place here
 )
 EXCLUSIONS_SCHEMA = pa.schema(
     [
@@ -123,18 +124,21 @@ def find_exclusions(
     signatures: Signatures,
     evaluation: pa.Table,
     *,
+    vetoed_image_ids: Sequence[str] = (),
     has_near_duplicates_removed: bool = True,
     threshold_bits: int = duplicates.THRESHOLD_BITS,
 ) -> Reasons:
     """Finds the images that a corpus leaves out, by what they show.
 
-    An evaluation image, its near-duplicates, and all images of a patient who has one of these. Then all but one of
-    images with the same pixels, and of near-duplicates: a real one stays before a synthetic one.
+    An evaluation image, its near-duplicates, and all images of a patient who has one of these. Drawn
+    photographs that a site vetoed. Then all but one of images with the
+    same pixels, and of near-duplicates: a real one stays before a synthetic one.
 
     Args:
         layout: The images.
         signatures: Theirs, in the same order. Hashes of images that are left out are set to 0 to save memory.
         evaluation: A table of `duplicates.EVALUATION_SCHEMA`.
+        vetoed_image_ids: Of `gretfound.veto`.
         has_near_duplicates_removed: Whether near-duplicates among the images are; those of evaluation images are.
         threshold_bits: The most bits of 512 in which near-duplicates differ.
 
@@ -154,6 +158,7 @@ def find_exclusions(
     if len(patients):
         exclude(np.flatnonzero(np.isin(signatures.patients, patients)), "evaluation_patient")
     is_synthetic_N = layout.is_synthetic
+    exclude(_vetoed_rows(layout, signatures, vetoed_image_ids), "vetoed")
     left = np.flatnonzero(reasons_N == 0)
     repeated = duplicates.repeated_rows(signatures.image_keys[left], is_synthetic_N[left])
     exclude(left[repeated], "duplicate")
@@ -163,6 +168,12 @@ def find_exclusions(
         near = duplicates.near_duplicate_rows(signatures, is_synthetic_N, threshold_bits=threshold_bits)
         exclude(near, "near_duplicate")
     return reasons_N
+
+
+def _vetoed_rows(layout: Layout, signatures: Signatures, image_ids: Sequence[str]) -> Ints:
+    """Returns the rows that are vetoed; a veto is of drawn photographs, so no real one is ever among them."""
+    keys = np.array([duplicates.image_key(each) for each in image_ids], dtype=np.uint64)
+    return np.flatnonzero(np.isin(signatures.image_keys, keys) & layout.is_synthetic)
 
 
 def _evaluation_rows(signatures: Signatures, evaluation: pa.Table, *, threshold_bits: int) -> tuple[Ints, Ints]:
@@ -447,6 +458,24 @@ def require_absent(hub_uri: str, corpus: Corpus, evaluation: pa.Table) -> None:
         "its images are such, required none: give their folders to `jobs.assemble_corpus` as evaluation_uris, "
         "which leaves them out, and pretrain on the new corpus"
     )
+
+
+def check_unvetoed(hub_uri: str, corpus: Corpus, vetoed_image_ids: Sequence[str]) -> None:
+    """Verifies that a corpus holds no photograph that a site has vetoed, be it after it was assembled.
+
+    Raises:
+        LineageError: If it does.
+    """
+    if not vetoed_image_ids:
+        return
+    layout = lay_out([storage.read_record(hub_uri, parent, ShardSet) for parent in corpus.parents])
+    rows = _vetoed_rows(layout, duplicates.read_signatures(hub_uri, layout.parts), vetoed_image_ids)
+    num_held = int(_held(layout, read_manifest(hub_uri, corpus))[rows].sum())
+    if num_held:
+        raise LineageError(
+            f"{corpus.id} holds {num_held} drawn photographs that a site has vetoed since, required none: run "
+            "`jobs.assemble_corpus` again, which leaves them out, and pretrain on the new corpus"
+        )
 
 
 def _held(layout: Layout, manifest: pa.Table) -> npt.NDArray[np.bool_]:

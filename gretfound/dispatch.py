@@ -19,6 +19,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from gretfound import (
@@ -39,7 +40,7 @@ from gretfound import (
     signing,
     storage,
 )
-from gretfound.errors import ConfigError, GretfoundError
+from gretfound.errors import ConfigError, GretfoundError, StorageError
 from gretfound.examination import Examination, SitePolicy
 from gretfound.gate import canaries, statement
 from gretfound.gate import policy as gate_policy
@@ -50,6 +51,7 @@ from gretfound.generator.adapter import denoiser_weights
 from gretfound.generator.spending import Ledger
 from gretfound.keyring import Keyring
 from gretfound.sealing import Package
+from gretfound.veto import Veto
 
 if TYPE_CHECKING:
     from gretfound import fit
@@ -391,6 +393,42 @@ def _require_told_patients(
             f"the summary that would leave tells of {most} patients at most; the hub requires {required} of a "
             "generator: give each photograph its patient's code (column Patient), add patients, or send --form images"
         )
+
+
+def veto(folder_path: Path, drawn_path: Path, *, ring: Keyring, policy: SitePolicy) -> Veto:
+    """Compares what the hub drew with all photographs of a site; returns the drop list, not signed yet.
+
+    Raises:
+        ConfigError: If the shard is not one of drawn photographs, or the site has too few to judge by.
+    """
+    rules = gate_policy.read_policy(policy.name)
+    found = examine(folder_path, policy)
+    size_px, squares, image_ids = 0, [], []
+    try:
+        for row in shard.read_rows(str(drawn_path), columns=["image", "image_id", "origin"]):
+            image = fundus.decode_photograph(row["image"])
+            if row["origin"] != "synthetic" or row["image_id"] != fundus.pixel_digest(image):
+                raise ConfigError(
+                    f"{drawn_path} has a row that was not drawn, or is not what its id says; ask the hub again"
+                )
+            size_px = size_px or min(image.shape[:2])
+            squares.append(fundus.to_square(image, fundus.find_field_of_view(image), size_px))
+            image_ids.append(row["image_id"])
+    except (StorageError, fundus.UnreadablePhotograph, pa.ArrowException) as error:
+        raise ConfigError(f"{drawn_path} is no shard of photographs: {error}; ask the hub for it again") from error
+    if not squares:
+        raise ConfigError(f"{drawn_path} holds no photograph; ask the hub for it again")
+    with progress_bar("comparing", len(found.usable)) as bar:
+        flagged = gatehouse.find_copies(found, squares, rules=rules, size_px=size_px, on_progress=bar.update)
+    return Veto(
+        site_id=ring.site_id,
+        shard_sha256=storage.sha256_of(drawn_path),
+        image_ids=tuple(sorted({image_ids[place] for place in flagged})),
+        num_compared=len(squares),
+        policy=rules.stamp,
+        created=datetime.now(UTC).date(),
+        approvals=(keyring.approval_of(ring, "container"), keyring.approval_of(ring, "steward")),
+    )
 
 
 def examine(folder_path: Path, policy: SitePolicy) -> Examination:

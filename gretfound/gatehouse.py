@@ -253,6 +253,65 @@ def judge(
     )
 
 
+def find_copies(
+    found: Examination,
+    drawn: Sequence[Photograph],
+    *,
+    rules: Policy,
+    size_px: int,
+    on_progress: Callable[[int], object],
+    seed: int = 0,
+) -> list[int]:
+    """Finds the drawn photographs that the untrained eyes take for any of a site's, by the gate's G1 and G2.
+
+    Args:
+        found: The site's photographs, all of which are compared with.
+        drawn: At ``size_px``.
+        rules: The gate's policy.
+        size_px: Side of the squares that are compared.
+        on_progress: Told how many of the site's photographs were read, each time.
+        seed: Decides whose photographs tell how alike different patients are.
+
+    Returns:
+        Their places.
+
+    Raises:
+        ConfigError: If there are too few patients, or the eyes do not find planted copies: then finding none means
+            nothing.
+    """
+    from gretfound.gate import eyes, trial
+
+    prepared = prepare(found, [{}] * len(found.usable), rules=rules, seed=seed)
+    sides = prepared.split
+    if prepared.first.verdict != "PASS":
+        raise ConfigError(
+            f"{prepared.first.reason}; found {prepared.first.measured}, required {prepared.first.required}"
+        )
+    looking = {eye.name: eye for eye in (eyes.DetailEye(), eyes.VesselEye())}
+    others = sorted(set(range(len(prepared.photographs))) - set(sides.trained))
+    copies = trial.look_for_copies(
+        trained=_side(prepared, sides.trained, size_px),
+        held_out=_side(prepared, sides.held_out, size_px),
+        samples=drawn,
+        eyes=list(looking.values()),
+        policy=rules,
+        seed=seed,
+    )
+    first = copies.checks[0]
+    if first.verdict != "PASS":
+        raise ConfigError(f"{first.reason}; found {first.measured}, required {first.required}")
+    on_progress(len(sides.trained))
+    flagged = set(copies.flagged)
+    for start in range(0, len(others), 64):  # held out, or left out of both sides: the gate flags by none of them
+        block = others[start : start + 64]
+        squares = list(_side(prepared, block, size_px).read(range(len(block))))
+        for name, (tau, _) in copies.limits.items():
+            near_SM = looking[name].similarity(looking[name].look(drawn), looking[name].look(squares)) > tau
+            flagged |= {place for place, near_M in enumerate(near_SM) if near_M.any()}
+        on_progress(len(block))
+    return sorted(flagged)
+
+
 def _side(prepared: Preparation, places: Sequence[int], size_px: int) -> "Side":
     from gretfound.gate.trial import Side
 

@@ -1,4 +1,4 @@
-"""The site's command line: `check`, `contribute`, `sign`, `inspect`, for a data manager, without a network.
+"""The site's command line: `check`, `contribute`, `sign`, `inspect`, `veto`, for a data manager, without a network.
 
 A contribution is one command that can be run again (`gretfound.dispatch`).
 """
@@ -26,6 +26,7 @@ from gretfound import (
     storage,
     strongbox,
     trial,
+    veto,
 )
 from gretfound.errors import ConfigError, GretfoundError
 from gretfound.examination import POLICIES
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "keys": _keys,
         "sign": _sign,
         "inspect": _inspect,
+        "veto": _veto,
         "columns": _columns,
     }[arguments.command]
     try:
@@ -157,6 +159,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="for programs")
     inspect.add_argument("--keys", type=Path, metavar="DIR", help="tell what this site's keyring remembers of it")
     inspect.add_argument("--identity", type=Path, metavar="FILE", help="at the hub: open it with this age identity")
+
+    veto_ = commands.add_parser("veto", help="which photographs that the hub drew look like ours? a signed drop list")
+    veto_.add_argument("folder", type=Path, metavar="DIR", help="holds traindata/ and metadata.csv")
+    veto_.add_argument("--drawn", type=Path, required=True, metavar="FILE", help="a shard that the hub drew, .parquet")
+    veto_.add_argument("--site-id", required=True, metavar="NAME", help="as the packages name it")
+    veto_.add_argument("--out", type=Path, required=True, metavar="FILE", help="the list, for the hub")
+    veto_.add_argument("--policy", choices=sorted(POLICIES), default="standard")
+    veto_.add_argument("--steward-key", type=Path, metavar="FILE", help="if the steward keeps it elsewhere")
+    _add_keys_options(veto_)
 
     commands.add_parser("columns", help="the metadata columns that are understood, and how to write them")
     return parser
@@ -295,6 +306,24 @@ def _sign(arguments: argparse.Namespace) -> int:
     )
     print(
         f"\nSealed    {package.path}\nSHA-256   {package.sha256}\nThe draft was removed; send this one file to the hub."
+    )
+    return EXIT_FIT
+
+
+def _veto(arguments: argparse.Namespace) -> int:
+    _require_file(arguments.drawn)
+    ring = keyring.read(arguments.keys or keyring.default_folder(arguments.site_id), arguments.site_id)
+    passphrase, steward_path = _passphrase(arguments.passphrase_file), arguments.steward_key
+    steward_path = steward_path or ring.private_path("steward")
+    if not passphrase and signing.is_locked(steward_path):
+        passphrase = getpass.getpass("The data steward's passphrase: ")
+    steward_key = signing.read_private_key(steward_path, passphrase=passphrase)
+    made = dispatch.veto(arguments.folder, arguments.drawn, ring=ring, policy=POLICIES[arguments.policy])
+    container_key = signing.read_private_key(ring.private_path("container"))
+    storage.write_bytes(str(arguments.out), veto.sign(made, [container_key, steward_key]))
+    print(
+        f"{len(made.image_ids)} of {made.num_compared} drawn photographs look like one of this site's\n"
+        f"Their ids, signed by both keys, for the hub; nothing of a real photograph is in it: {arguments.out}"
     )
     return EXIT_FIT
 

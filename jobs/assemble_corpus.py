@@ -4,10 +4,10 @@ python -m jobs.assemble_corpus hub_uri=runs/demo/hub evaluation_uris='[runs/demo
 python -m jobs.assemble_corpus conf/corpus/retfound_de.yaml hub_uri=s3://hub
 
 Evaluation images, their near-duplicates and those patients' other images are left out, of this hub's registered sets
-too; so are repeats and near-duplicates among the shards. Each shard is read once, by Ray Data, for its signatures:
-planning opens none, and a run that was stopped signs only the rest. Without ``shard_set_ids`` every shard set of the
-hub is taken, except those of ``excluded_site_ids`` and of sites that have withdrawn. Records one Corpus and prints its
-id.
+too; so are drawn photographs that a site vetoed, repeats and near-duplicates among the shards. Each shard is read
+once, by Ray Data, for its signatures: planning opens none, and a run that was stopped signs only the rest. Without
+``shard_set_ids`` every shard set of the hub is taken, except those of ``excluded_site_ids`` and of sites that have
+withdrawn. Records one Corpus and prints its id.
 """
 
 from collections.abc import Sequence
@@ -123,7 +123,7 @@ def sign_shards(hub_uri: str, parts: Sequence["Shard"], *, hash_cpus: float) -> 
 def main(argv: list[str]) -> str:
     """Runs the job; returns the corpus's id."""
     config = load(Config, argv)
-    from gretfound import corpus, duplicates, lineage, storage, withdrawal
+    from gretfound import corpus, duplicates, lineage, storage, veto, withdrawal
     from gretfound.evaluation import protocol
     from gretfound.lineage import Corpus, ShardSet
 
@@ -141,6 +141,9 @@ def main(argv: list[str]) -> str:
     evaluation, countries = corpus.registered_evaluation(hub_uri), corpus.countries_of(hub_uri)
     settings = {name: value for name, value in canonical(config).items() if name in RESULT_KEYS}
     settings |= {"evaluation": evaluation["image_id"].to_pylist(), "countries": countries}
+    vetoed = veto.vetoed_image_ids(hub_uri)
+    if vetoed:  # else the recipe stays that of hubs without vetoes
+        settings["vetoed"] = vetoed
     parents = sorted(shard_sets)
     recipe = lineage.recipe_id("assemble_corpus", settings, parents)
     if finished := storage.finished_record(hub_uri, recipe, Corpus):
@@ -153,6 +156,7 @@ def main(argv: list[str]) -> str:
         layout,
         duplicates.read_signatures(hub_uri, layout.parts),
         evaluation,
+        vetoed_image_ids=vetoed,
         has_near_duplicates_removed=config.has_near_duplicates_removed,
         threshold_bits=config.threshold_bits,
     )

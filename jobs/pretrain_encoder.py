@@ -155,8 +155,8 @@ def pretrain_on_worker(settings: dict[str, Any]) -> None:
 def main(argv: list[str]) -> str:
     """Runs the job; returns the encoder's id."""
     config = load(Config, argv)
-    from gretfound import fit, lineage, pretraining, storage, tracking, withdrawal
-    from gretfound.corpus import check_uncontaminated
+    from gretfound import fit, lineage, pretraining, storage, tracking, veto, withdrawal
+    from gretfound.corpus import check_uncontaminated, check_unvetoed
     from gretfound.lineage import Corpus, Encoder
 
     hub_uri, weights_uri = storage.normalised(config.hub_uri), config.initial_weights_uri
@@ -177,6 +177,7 @@ def main(argv: list[str]) -> str:
     if finished := storage.finished_record(hub_uri, recipe, Encoder):
         return finished.id
     check_uncontaminated(hub_uri, corpus)
+    check_unvetoed(hub_uri, corpus, veto.vetoed_image_ids(hub_uri))
     run_uri = storage.run_uri(hub_uri, recipe)
     storage.write_bytes(storage.join(run_uri, "config.yaml"), to_yaml(config).encode())
     console.start_ray()

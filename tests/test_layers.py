@@ -50,7 +50,7 @@ ROWS = [
         "gretfound.inspection",
         "gretfound.screening",
     },
-    {"gretfound.duplicates", "gretfound.receipt", "gretfound.strongbox"},
+    {"gretfound.duplicates", "gretfound.receipt", "gretfound.strongbox", "gretfound.veto"},
     {"gretfound.shard", "gretfound.fit", "gretfound.checkpoints", "gretfound.encoder", "gretfound.roster"},
     {"gretfound.ledger", "gretfound.withdrawal"},
     {"gretfound.quarantine"},
