@@ -109,6 +109,7 @@ def hub_of(hub_uri: str, tmp_path: Path) -> Generator:
     return storage.publish_folder(hub_uri, write_base(tmp_path / "pipeline"), record)
 
 
+@pytest.mark.slow
 def test_synthesize__counts_contradictions_and_a_restart_gives_the_same_shards(
     ray_cluster: None, tmp_path: Path
 ) -> None:
