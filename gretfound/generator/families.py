@@ -160,21 +160,16 @@ def with_scheduler(generator: Any, scheduler: Any) -> Any:
 def told_to_draw(generator: Any, text_BLD: Tensor, empty_BLD: Tensor) -> dict[str, Any]:
     """Returns the arguments by which a pipeline is told of captions and of the empty one, both as of `embed`."""
     match type(generator).__name__:
-        case "StableDiffusionXLPipeline":
-            width = _pooled_width(generator.unet.config)
+        case "StableDiffusionXLPipeline" | "StableDiffusion3Pipeline" as family:
+            config = denoiser_of(generator).config
+            is_xl = family == "StableDiffusionXLPipeline"
+            num_more = 2 if is_xl else 1  # rows, of which the first is the pooled embedding
+            width = _pooled_width(config) if is_xl else config.pooled_projection_dim
             return {
-                "prompt_embeds": text_BLD[:, :-2],
-                "negative_prompt_embeds": empty_BLD[:, :-2],
-                "pooled_prompt_embeds": text_BLD[:, -2, :width],
-                "negative_pooled_prompt_embeds": empty_BLD[:, -2, :width],
-            }
-        case "StableDiffusion3Pipeline":
-            width = generator.transformer.config.pooled_projection_dim
-            return {
-                "prompt_embeds": text_BLD[:, :-1],
-                "negative_prompt_embeds": empty_BLD[:, :-1],
-                "pooled_prompt_embeds": text_BLD[:, -1, :width],
-                "negative_pooled_prompt_embeds": empty_BLD[:, -1, :width],
+                "prompt_embeds": text_BLD[:, :-num_more],
+                "negative_prompt_embeds": empty_BLD[:, :-num_more],
+                "pooled_prompt_embeds": text_BLD[:, -num_more, :width],
+                "negative_pooled_prompt_embeds": empty_BLD[:, -num_more, :width],
             }
         case "PixArtSigmaPipeline":
             return {
