@@ -101,7 +101,8 @@ def test_latent_batches__every_epoch_is_a_permutation_and_any_start_agrees(cache
 
 
 def test_latent_batches__shortens_captions_by_another_draw(base: StableDiffusionPipeline, tmp_path: Path) -> None:
-    shard.write_shard_file(tmp_path / "shard.parquet", rows_of(3))
+    rows = rows_of(3)
+    shard.write_shard_file(tmp_path / "shard.parquet", rows)
     settings = {"base": base, "resolution_px": RESOLUTION_PX, "cell_dropout": 0.3}
     latents.encode_shard(tmp_path / "shard.parquet", tmp_path / "cache", **settings)
     photographs = latents.lay_out([tmp_path / "cache"], tmp_path / "rows", cell_dropout=0.3)
@@ -113,7 +114,7 @@ def test_latent_batches__shortens_captions_by_another_draw(base: StableDiffusion
         photograph, view = latents.order_at(torch.arange(first, first + 3), num_images=3, seed=1)
         for place in range(3):
             said = photographs.captions[int(batch["caption"][place])]
-            cells = {name: rows_of(3)[int(photograph[place])][name] for name in ("eye", "age", "sex", "dr", "glaucoma")}
+            cells = {name: rows[int(photograph[place])][name] for name in ("eye", "age", "sex", "dr", "glaucoma")}
             cells["eye"] = cells["eye"] if not view[place] else {"left": "right", "right": "left"}[cells["eye"]]
             assert set(said.split(", ")) <= {*metadata.caption(cells).split(", "), "man", "woman"} | {
                 f"{int(cells['age'])}-year-old person"
