@@ -302,11 +302,12 @@ def find_copies(
         raise ConfigError(f"{first.reason}; found {first.measured}, required {first.required}")
     on_progress(len(sides.trained))
     flagged = set(copies.flagged)
+    seen = {name: looking[name].look(drawn) for name in copies.limits}
     for start in range(0, len(others), 64):  # held out, or left out of both sides: the gate flags by none of them
         block = others[start : start + 64]
         squares = list(_side(prepared, block, size_px).read(range(len(block))))
         for name, (tau, _) in copies.limits.items():
-            near_SM = looking[name].similarity(looking[name].look(drawn), looking[name].look(squares)) > tau
+            near_SM = looking[name].similarity(seen[name], looking[name].look(squares)) > tau
             flagged |= {place for place, near_M in enumerate(near_SM) if near_M.any()}
         on_progress(len(block))
     return sorted(flagged)

@@ -5,6 +5,8 @@ looked at it and lets it in. That decision stands: what measures again does not 
 What descends from it has no mark of its own, so nothing has to be found again when the decision changes.
 """
 
+from collections.abc import Collection
+
 from gretfound import lineage, storage
 from gretfound.errors import LineageError
 from gretfound.lineage import Generator
@@ -50,7 +52,11 @@ def aside_ids(hub_uri: str) -> set[str]:
 
 def is_aside(hub_uri: str, record: lineage.Record) -> bool:
     """Tells whether a generator is aside, or a record was drawn by or made from one that is."""
-    aside = aside_ids(hub_uri)
+    return descends_from(hub_uri, record, aside_ids(hub_uri))
+
+
+def descends_from(hub_uri: str, record: lineage.Record, aside: Collection[str]) -> bool:
+    """Tells whether a record is, or was made from, one of the generators ``aside``, which `aside_ids` found."""
     waiting, seen = [record.id, *record.parents] if aside else [], set[str]()
     while waiting:
         record_id = waiting.pop()

@@ -66,8 +66,9 @@ def read_remaining(hub_uri: str, expected: type[RecordT], *, includes_aside: boo
         expected: The kind.
         includes_aside: Whether generators in quarantine, and what was made from them, are among them.
     """
+    aside = set() if includes_aside else quarantine.aside_ids(hub_uri)
     for record in storage.read_records(hub_uri, expected):
-        if not is_marked(hub_uri, record) and (includes_aside or not quarantine.is_aside(hub_uri, record)):
+        if not is_marked(hub_uri, record) and not quarantine.descends_from(hub_uri, record, aside):
             yield record
 
 

@@ -41,9 +41,7 @@ class Config(PoolConfig):
 def main(argv: list[str]) -> str:
     """Runs the job; returns the report's id."""
     config = load(Config, argv)
-    from tqdm import tqdm
-
-    from gretfound import generator_evaluation, lineage, site_comparison, storage, withdrawal
+    from gretfound import lineage, site_comparison, storage, withdrawal
     from gretfound.lineage import Encoder, Report, ShardSet
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -69,14 +67,7 @@ def main(argv: list[str]) -> str:
         images_per_part=config.images_per_part,
     )
     parts = [part for each in readings.values() for part in each]
-    with tqdm(total=sum(part.num for part in parts), desc="reading", unit="image") as bar:
-        generator_evaluation.examine_parts(
-            parts,
-            **pool.arguments_of(config),
-            on_progress=bar.update,
-            hub_uri=hub_uri,
-            encoder_id=config.encoder_id,
-        )
+    pool.examine(config, parts, doing="reading", encoder_id=config.encoder_id)
     return site_comparison.publish(
         hub_uri,
         readings,

@@ -60,8 +60,6 @@ class Config(DrawingConfig):
 def main(argv: list[str]) -> str:
     """Runs the job; returns the reports' ids, joined by commas."""
     config = load(Config, argv)
-    from tqdm import tqdm
-
     from gretfound import generator_evaluation, lineage, storage, synthesis, withdrawal
     from gretfound.lineage import Encoder, Generator, Report
 
@@ -92,17 +90,15 @@ def main(argv: list[str]) -> str:
             for recipe, each in plans.items()
         }
         everything = [part for each in parts.values() for part in each]
-        with tqdm(total=sum(part.num for part in everything), desc="measuring", unit="image") as bar:
-            generator_evaluation.examine_parts(
-                everything,
-                **pool.arguments_of(config),
-                on_progress=bar.update,
-                hub_uri=hub_uri,
-                encoder_id=config.encoder_id,
-                precision=config.precision,
-                wishing=asked,
-                drawing={"num_steps": config.num_steps, "guidance_scale": config.guidance_scale},
-            )
+        pool.examine(
+            config,
+            everything,
+            doing="measuring",
+            encoder_id=config.encoder_id,
+            precision=config.precision,
+            wishing=asked,
+            drawing={"num_steps": config.num_steps, "guidance_scale": config.guidance_scale},
+        )
         reports |= generator_evaluation.publish_all(
             hub_uri,
             plans,

@@ -1,11 +1,15 @@
 """The keys of jobs that work with a pool of actors, and what is done with these keys; each is written here once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gretfound.config import setting
 from gretfound.errors import ConfigError
 from jobs import console
+
+if TYPE_CHECKING:
+    from gretfound.generator_evaluation import Part
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,19 @@ def arguments_of(config: PoolConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "device": "cuda" if config.gpus_per_actor else "cpu",
     }
+
+
+def examine(config: PoolConfig, parts: "Sequence[Part]", *, doing: str, **more: Any) -> None:
+    """Has the pool examine parts, under a bar; ``doing`` names it, and ``more`` goes to the library as it is."""
+    from tqdm import tqdm
+
+    from gretfound import generator_evaluation, storage
+
+    with tqdm(total=sum(part.num for part in parts), desc=doing, unit="image") as bar:
+        generator_evaluation.examine_parts(
+            parts,
+            **arguments_of(config),
+            on_progress=bar.update,
+            hub_uri=storage.normalised(config.hub_uri),
+            **more,
+        )

@@ -55,9 +55,7 @@ class Config(DrawingConfig):
 def main(argv: list[str]) -> str:
     """Runs the job; returns the reports' ids, or those of cleared generators, joined by commas."""
     config = load(Config, argv)
-    from tqdm import tqdm
-
-    from gretfound import generator_evaluation, lineage, probing, storage, synthesis, withdrawal
+    from gretfound import lineage, probing, storage, synthesis, withdrawal
     from gretfound.lineage import Encoder, Report
 
     hub_uri = storage.normalised(config.hub_uri)
@@ -88,16 +86,14 @@ def main(argv: list[str]) -> str:
     if probes:
         pool.start(config)
     parts = [part for probe in probes.values() for part in probe.parts]
-    with tqdm(total=sum(part.num for part in parts), desc="probing", unit="image") as bar:
-        generator_evaluation.examine_parts(
-            parts,
-            **pool.arguments_of(config),
-            on_progress=bar.update,
-            hub_uri=hub_uri,
-            encoder_id=config.encoder_id,
-            precision=config.precision,
-            drawing={"num_steps": config.num_steps, "guidance_scale": config.guidance_scale},
-        )
+    pool.examine(
+        config,
+        parts,
+        doing="probing",
+        encoder_id=config.encoder_id,
+        precision=config.precision,
+        drawing={"num_steps": config.num_steps, "guidance_scale": config.guidance_scale},
+    )
     for recipe, probe in probes.items():
         reports[recipe] = probing.publish(
             hub_uri,

@@ -11,18 +11,14 @@ shard set's id; with several generators, their shard sets' ids joined by commas.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gretfound.config import canonical, load, setting, to_yaml
-from gretfound.errors import ConfigError, LineageError
+from gretfound.errors import ConfigError
 from jobs import console, drawing, pool
 from jobs.drawing import DrawingConfig
-
-if TYPE_CHECKING:
-    from gretfound.lineage import Generator, ShardSet
 
 log = logging.getLogger(__name__)
 
@@ -87,83 +83,18 @@ def result_settings(config: Config) -> dict[str, Any]:
     return {name: value for name, value in canonical(config).items() if name in names}
 
 
-def real_shard_sets(config: Config, hub_uri: str) -> "list[ShardSet]":
-    """Returns what graders are fitted on, once it is sure that they may be.
-
-    Raises:
-        LineageError: If the hub holds no real photographs, or the encoder was withdrawn.
-    """
-    from gretfound import storage, withdrawal
-    from gretfound.lineage import Encoder, ShardSet
-
-    found = [each for each in withdrawal.read_remaining(hub_uri, ShardSet) if each.origin == "real"]
-    if not found:
-        raise LineageError("grader_keys: the hub holds no real photographs to fit graders on; leave it empty")
-    if config.grader_encoder_id:
-        withdrawal.require_unmarked(hub_uri, storage.read_record(hub_uri, config.grader_encoder_id, Encoder))
-    return found
-
-
-def write_graders(
-    config: Config,
-    hub_uri: str,
-    generators: "Sequence[Generator]",
-    recipes: Mapping[str, str],
-    shard_sets: "Sequence[ShardSet]",
-) -> None:
-    """Decides what grades each generator's run, once for each size of photographs; what was decided before stays."""
-    from tqdm import tqdm
-
-    from gretfound import generator_evaluation, grading, lineage, site_comparison, storage
-
-    decided = {each.id: storage.join(storage.run_uri(hub_uri, recipes[each.id]), grading.NAME) for each in generators}
-    missing = [each for each in generators if not storage.exists(decided[each.id])]
-    for resolution_px in sorted({each.resolution_px for each in missing}):
-        settings = {"grader_images": config.grader_images, "resolution_px": resolution_px}
-        parents = [*(each.id for each in shard_sets), *filter(None, [config.grader_encoder_id])]
-        readings = site_comparison.plan_readings(
-            hub_uri,
-            shard_sets,
-            run_uri=storage.run_uri(hub_uri, lineage.recipe_id("read_for_graders", settings, parents)),
-            num_images=config.grader_images,
-            resolution_px=resolution_px,
-            images_per_part=64,
-        )
-        parts = [part for each in readings.values() for part in each]
-        with tqdm(total=sum(part.num for part in parts), desc="reading", unit="image") as bar:
-            generator_evaluation.examine_parts(
-                parts,
-                **pool.arguments_of(config),
-                on_progress=bar.update,
-                hub_uri=hub_uri,
-                encoder_id=config.grader_encoder_id,
-            )
-        space = "encoder" if config.grader_encoder_id else "scattering"
-        collections = site_comparison.read_collections(readings, space=space)
-        keys = sorted(set(config.grader_keys))
-        fitted = site_comparison.on_cluster(partial(grading.fit, collections=collections, seed=config.seed), keys)
-        for generator in missing:
-            if generator.resolution_px == resolution_px:
-                grading.decide(
-                    decided[generator.id],
-                    dict(zip(keys, fitted, strict=True)),
-                    encoder_id=config.grader_encoder_id,
-                    min_agreement=config.min_agreement,
-                )
-
-
 def main(argv: list[str]) -> str:
     """Runs the job; returns the shard sets' ids, joined by commas."""
     config = load(Config, argv)
     from tqdm import tqdm
 
-    from gretfound import lineage, matching, probing, storage, synthesis
+    from gretfound import grader_fitting, lineage, matching, probing, storage, synthesis
     from gretfound.lineage import ShardSet
 
     hub_uri = storage.normalised(config.hub_uri)
     generators = synthesis.generators_of(hub_uri, config.generator_ids, is_few_step=config.is_few_step)
     settings = result_settings(config)
-    real = real_shard_sets(config, hub_uri) if config.grader_keys else []
+    real = grader_fitting.read_real(hub_uri, config.grader_encoder_id) if config.grader_keys else []
     graded_by = [*(each.id for each in real), *filter(None, [config.grader_encoder_id if real else ""])]
     recipes = {each.id: lineage.recipe_id("synthesize", settings, [each.id, *graded_by]) for each in generators}
     shard_sets = {each.id: storage.finished_record(hub_uri, recipes[each.id], ShardSet) for each in generators}
@@ -190,7 +121,17 @@ def main(argv: list[str]) -> str:
     if unfinished:
         pool.start(config)
         if config.grader_keys:
-            write_graders(config, hub_uri, unfinished, recipes, real)
+            grader_fitting.decide(
+                hub_uri,
+                {recipes[each.id]: each for each in unfinished},
+                real,
+                keys=config.grader_keys,
+                encoder_id=config.grader_encoder_id,
+                num_images=config.grader_images,
+                min_agreement=config.min_agreement,
+                seed=config.seed,
+                examine=partial(pool.examine, config, doing="reading", encoder_id=config.grader_encoder_id),
+            )
         with tqdm(total=config.num_images * len(unfinished), desc="drawing", unit="image") as bar:
             synthesis.paint(
                 [part for each in parts.values() for part in each],

@@ -12,8 +12,7 @@ photograph.
 from dataclasses import dataclass
 from pathlib import Path
 
-from gretfound import config
-from gretfound.config import setting
+from gretfound.config import load, setting
 from jobs import console
 
 
@@ -33,15 +32,15 @@ def main(argv: list[str]) -> str:
         ContributionRejected: If it is not to be honoured; says why.
         LineageError: If the roster is not what the root keys signed.
     """
-    loaded = config.load(Config, argv)
+    config = load(Config, argv)
     from datetime import UTC, datetime
 
     from gretfound import roster, storage, strongbox, veto
 
-    hub_uri = storage.normalised(loaded.hub_uri)
-    keys_path = Path(loaded.keys_path) if loaded.keys_path else strongbox.default_folder(hub_uri)
+    hub_uri = storage.normalised(config.hub_uri)
+    keys_path = Path(config.keys_path) if config.keys_path else strongbox.default_folder(hub_uri)
     known_sites, _ = roster.read_current(hub_uri, anchor=strongbox.read_anchor(keys_path))
-    content = storage.read_bytes(storage.normalised(loaded.list_uri))
+    content = storage.read_bytes(storage.normalised(config.list_uri))
     taken = veto.take(hub_uri, content, known_sites=known_sites, today=datetime.now(UTC).date())
     return str(len(taken.image_ids))
 

@@ -76,7 +76,8 @@ def succeed(hub_uri: str, corpus: "Corpus") -> str:
 
     shard_sets = storage.read_parents(hub_uri, corpus, ShardSet)
     unmarked = [each for each in shard_sets if not withdrawal.is_marked(hub_uri, each)]
-    left = [each.id for each in unmarked if not quarantine.is_aside(hub_uri, each)]
+    aside = quarantine.aside_ids(hub_uri)
+    left = [each.id for each in unmarked if not quarantine.descends_from(hub_uri, each, aside)]
     if not left:
         return ""
     with storage.scratch_folder() as folder:

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 ROWS = [
     {"jobs", "serve", "gretfound.site"},
-    {"gretfound.dispatch"},
+    {"gretfound.dispatch", "gretfound.grader_fitting"},
     {"gretfound.gatehouse", "gretfound.outgoing", "gretfound.probing", "gretfound.site_comparison"},
     {
         "gretfound.admission",

@@ -98,13 +98,21 @@ class DenoisingObjective(nn.Module):
         self.signal_T: Tensor
         self.noise_T: Tensor
         self.told_T: Tensor
+        self.snr_T: Tensor
+        self.share_T: Tensor
         if self._prediction == "flow":
             noise_T = type(scheduler).from_config(scheduler.config).sigmas.flip(0).float()  # set_timesteps changes them
             signal_T, told_T = 1 - noise_T, noise_T * scheduler.config.num_train_timesteps
+            snr_T, share_T = (signal_T / noise_T).square(), 1 / noise_T.square()
         else:
             alphas_T = scheduler.alphas_cumprod.clone().float()
             signal_T, noise_T, told_T = alphas_T.sqrt(), (1 - alphas_T).sqrt(), torch.arange(len(alphas_T))
-        for name, values_T in (("signal_T", signal_T), ("noise_T", noise_T), ("told_T", told_T)):
+            snr_T = alphas_T / (1 - alphas_T)
+            share_T = snr_T if self._prediction == "epsilon" else snr_T + 1
+        # share_T is a prediction's squared error over that of the clean latents, of which min-SNR weights are.
+        for name, values_T in (
+            ("signal_T", signal_T), ("noise_T", noise_T), ("told_T", told_T), ("snr_T", snr_T), ("share_T", share_T),
+        ):  # fmt: skip
             self.register_buffer(name, values_T, persistent=False)
 
     @property
@@ -130,19 +138,14 @@ class DenoisingObjective(nn.Module):
         text_BLD = self.captions(caption, (kept_B < self._caption_dropout).to(caption.device))
         error_B = self.errors(latents_BCHW, text_BLD, time_B, noise_BCHW)
         if self._min_snr_gamma is not None:
-            snr_B = (self.signal_T[time_B] / self.noise_T[time_B]).square()
-            # What a prediction's squared error is as one of the clean latents.
-            to_clean_B = 1 / snr_B if self._prediction == "epsilon" else self.noise_T[time_B].square()
-            error_B = error_B * snr_B.clamp(max=self._min_snr_gamma) * to_clean_B
+            error_B = error_B * self.snr_T[time_B].clamp(max=self._min_snr_gamma) / self.share_T[time_B]
         loss: Tensor = error_B.mean()
         return loss
 
     def predict(self, noised_BCHW: Tensor, time_B: Tensor, text_BLD: Tensor) -> Tensor:
         """Returns the denoiser's prediction for latents that are noised to the degree ``time_B``, as float32."""
         dtype = next(self.denoiser.parameters()).dtype
-        return families.predict(
-            self.denoiser, noised_BCHW.to(dtype), self.told_T[time_B], text_BLD.to(dtype)
-        ).float()  # fmt: skip
+        return families.predict(self.denoiser, noised_BCHW.to(dtype), self.told_T[time_B], text_BLD.to(dtype)).float()
 
     def errors(self, latents_BCHW: Tensor, text_BLD: Tensor, time_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """Returns each image's mean squared error at given degrees of noise, without weights, shape (B,).

@@ -123,6 +123,10 @@ def finetune_locally(
     if adapter_path.is_dir():
         return adapter_path
     base = pipeline.load_pipeline(base_path, device=device)
+    if objective == "consistency" and denoising.is_flow(base.scheduler):
+        raise ConfigError(
+            "found a base that follows a flow; required one that predicts noise or velocity for objective='consistency'"
+        )
     side_px = resolution_px if resolution_px is not None else families.native_px(base)
     caches += encoded(
         base, base_path, shards, canaries,

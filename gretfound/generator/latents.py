@@ -114,9 +114,8 @@ def key_of(
         cell_dropout: See `encode_squares`.
     """
     encoders = sorted((path, sha256) for path, sha256 in base_files if path.split("/")[0] in ENCODING_FOLDERS)
-    return lineage.digest_of(
-        [VERSION, encoders, shard_sha256, resolution_px, *([cell_dropout] if cell_dropout else [])]
-    )  # fmt: skip
+    shortened = [cell_dropout] if cell_dropout else []
+    return lineage.digest_of([VERSION, encoders, shard_sha256, resolution_px, *shortened])
 
 
 def encoding_files(base_path: Path) -> list[tuple[str, str]]:
@@ -227,9 +226,7 @@ def _ways(caption: str, cell_dropout: float) -> list[str]:
     """Returns the captions that a training draws from in the place of one."""
     if not cell_dropout:
         return [caption]
-    return [
-        metadata.shortened(caption, way, cell_dropout=cell_dropout) for way in range(metadata.NUM_SHORTENED)
-    ]  # fmt: skip
+    return [metadata.shortened(caption, way, cell_dropout=cell_dropout) for way in range(metadata.NUM_SHORTENED)]
 
 
 def _encode_views(base: DiffusionPipeline, photographs: Sequence[Square]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from gretfound import shard
+from gretfound.errors import ConfigError
 from gretfound.generator import adapter, denoising, families, finetune, pipeline, private, sampling
 from tests import families as smallest
 from tests.tiny_generator import RESOLUTION_PX, rows_of
@@ -97,6 +98,14 @@ def test_finetune_locally__less_memory_makes_the_same_step(base_path: Path, shar
     for name, tensor in whole.items():
         for other in (parts, again):  # adapters leave as bfloat16
             torch.testing.assert_close(other[name], tensor, rtol=0.02, atol=2e-4)
+
+
+def test_finetune_locally__a_flow_makes_no_student(shard_path: Path, tmp_path: Path) -> None:
+    base_path = smallest.write("StableDiffusion3Pipeline", tmp_path / "base")
+    with pytest.raises(ConfigError, match="follows a flow; required one that predicts noise or velocity"):
+        finetune.finetune_locally(
+            base_path=base_path, shard_path=shard_path, work_path=tmp_path, objective="consistency", **SETTINGS
+        )
 
 
 def test_finetune_privately__moves_every_factor(base_path: Path, shard_path: Path, tmp_path: Path) -> None:
