@@ -28,7 +28,6 @@ import ray.exceptions
 from gretfound import (
     duplicates,
     fundus,
-    grading,
     holdout,
     inspection,
     lineage,
@@ -429,7 +428,7 @@ def spaces_of(hub_uri: str, encoder_id: str, *, device: str) -> dict[str, Space]
     spaces: dict[str, Space] = {"scattering": features.scattering_space}
     if not encoder_id:
         return spaces | {"thumbnail": features.thumbnail_space}
-    return spaces | {"encoder": grading.space_of(hub_uri, encoder_id, device=device)}
+    return spaces | {"encoder": features.space_of(hub_uri, encoder_id, device=device)}
 
 
 def examine_parts(

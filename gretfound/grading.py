@@ -10,7 +10,6 @@ Legend of array suffixes: N photographs, D features.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,22 +19,12 @@ from gretfound.agreement import MIN_PATIENTS_PER_CLASS, Collection
 from gretfound.evaluation import features
 from gretfound.evaluation.fidelity import Space
 from gretfound.fundus import Photograph
-from gretfound.lineage import Encoder
 from gretfound.metadata import Cells
 
 log = logging.getLogger(__name__)
 MIN_AUROC = 0.75  # of patients not seen
 NAME = "graders.json"
 WORDS = ("no", "yes")
-
-
-def space_of(hub_uri: str, encoder_id: str, *, device: str) -> Space:
-    """Returns the space of an encoder of the hub, or wavelet scattering where its id is empty."""
-    if not encoder_id:
-        return features.scattering_space
-    record = storage.read_record(hub_uri, encoder_id, Encoder)
-    with storage.scratch_folder() as folder:
-        return features.encoder_space(storage.fetch_folder(hub_uri, record, Path(folder)), device=device)
 
 
 def fit(key: str, collections: Sequence[Collection], *, seed: int) -> dict[str, Any]:
@@ -117,7 +106,7 @@ def read(hub_uri: str, uri: str, *, device: str) -> Graders:
     """Reads what was decided for a run."""
     content = storage.read_json(uri)
     return Graders(
-        space=space_of(hub_uri, content["encoder_id"], device=device),
+        space=features.space_of(hub_uri, content["encoder_id"], device=device),
         min_agreement=content["min_agreement"],
         graders=content["graders"],
     )

@@ -16,7 +16,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 
-from gretfound import fundus
+from gretfound import fundus, storage
 from gretfound.encoder import folder
 from gretfound.encoder.transform import Transform
 from gretfound.errors import StorageError
@@ -25,6 +25,7 @@ from gretfound.evaluation.fidelity import Space
 from gretfound.evaluation.scattering import NUM_SCATTERING_FEATURES as NUM_SCATTERING_FEATURES
 from gretfound.evaluation.scattering import scattering_space as scattering_space
 from gretfound.fundus import Photograph
+from gretfound.lineage import Encoder
 
 THUMBNAIL_PX = 6
 
@@ -51,6 +52,15 @@ def encoder_space(path: Path, *, device: str = "cpu") -> Space:
     encoder, transform = folder.read_encoder_folder(path)
     encoder.to(device)
     return lambda photographs: folder.embed(encoder, transform.apply_batch(photographs))
+
+
+def space_of(hub_uri: str, encoder_id: str, *, device: str) -> Space:
+    """Returns the space of an encoder of the hub, or wavelet scattering where its id is empty."""
+    if not encoder_id:
+        return scattering_space
+    record = storage.read_record(hub_uri, encoder_id, Encoder)
+    with storage.scratch_folder() as folder:
+        return encoder_space(storage.fetch_folder(hub_uri, record, Path(folder)), device=device)
 
 
 def timm_space(path: Path, *, device: str = "cpu") -> Space:

@@ -9,7 +9,7 @@ from gretfound.config import load
 from gretfound.errors import ConfigError, GretfoundError, LineageError
 from gretfound.generator import pipeline
 from gretfound.lineage import Generator, ShardSet
-from jobs import finetune_generators
+from jobs import finetune_generators, site_runs, tuning
 from tests.tiny_generator import publish_base, publish_site, unet_output, write_base
 
 SMALL = [
@@ -36,11 +36,11 @@ SMALL = [
 def test_settings_of__recipe_id_is_what_it_was(layer: str, recipe_id: str) -> None:
     layers = [*([layer] if layer else []), "hub_uri=x", "base_id=y"]
     config, other, faster = (
-        load(finetune_generators.Config, [*layers, *more])
+        load(tuning.Config, [*layers, *more])
         for more in ([], ["tuning.cell_dropout=0.1"], ["tuning.accumulation=2", "tuning.recomputes_activations=true"])
     )
     found = [
-        lineage.recipe_id("finetune_generator", finetune_generators.settings_of(each), ["generator-0"])
+        lineage.recipe_id("finetune_generator", tuning.settings_of(each), ["generator-0"])
         for each in (config, faster, other)
     ]
     assert found[:2] == [recipe_id] * 2 and found[2] != recipe_id
@@ -54,7 +54,7 @@ def test_load__shares_are_tenths_and_a_step_divides() -> None:
         ("accumulation=0", "tuning.accumulation=0"),
     ):
         with pytest.raises(ConfigError, match=said):
-            load(finetune_generators.Config, ["hub_uri=x", "base_id=y", f"tuning.{key}"])
+            load(tuning.Config, ["hub_uri=x", "base_id=y", f"tuning.{key}"])
 
 
 def test_finetune_generators__a_failing_site_leaves_the_others_alone(ray_cluster: None, tmp_path: Path) -> None:
@@ -103,13 +103,13 @@ def test_finetune_generators__asks_for_contributions(tmp_path: Path) -> None:
 
 def test_config__faults_name_both_keys() -> None:
     with pytest.raises(ConfigError, match=r"cluster\.num_workers=2 needs tuning\.zero_stage"):
-        load(finetune_generators.Config, ["hub_uri=x", "base_id=y", "cluster.num_workers=2"])
+        load(tuning.Config, ["hub_uri=x", "base_id=y", "cluster.num_workers=2"])
 
 
 def test_window_for__is_bounded_by_the_cluster_and_by_the_key() -> None:
     def window(*keys: str) -> int:
-        config = load(finetune_generators.Config, ["hub_uri=x", "base_id=y", *keys])
-        return finetune_generators.window_for(config, {"CPU": 16.0, "GPU": 4.0})
+        config = load(tuning.Config, ["hub_uri=x", "base_id=y", *keys])
+        return site_runs.window_for(config, {"CPU": 16.0, "GPU": 4.0})
 
     assert window("max_concurrent=100") == 16
     assert window("max_concurrent=3") == 3
