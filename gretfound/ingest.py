@@ -6,6 +6,7 @@ about it (crop, flip, mask) follows from the position, so neither the number of 
 """
 
 import functools
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ import ray.data
 import ray.train
 import ray.train.collective
 import torch
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from torch import Tensor
 
 from gretfound import corpus, shard, storage
@@ -27,8 +29,21 @@ from gretfound.lineage import Corpus
 
 WINDOW_IMAGES = 1024  # at least four row groups: enough to mix sites, few enough to hold as crops
 SEGMENT_IMAGES = 2**23  # images of one Ray Data execution: 8,192 small tasks; its plan must not grow with the run
+PAUSE_S = 0.01
 MAX_UNREADABLE = 256  # in a row: that is no damaged photograph but a damaged shard
 _IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px", "dr"]
+
+
+class Pause(ExecutionCallback):
+    """Lets Ray Data's scheduling loop sleep a little after each of its steps.
+
+    Ray Data 2.60 waits for "all tasks or 0.1 s"; a task whose output nobody has room for counts as ready, so while a
+    training step is slower than the decoding, which is the usual case, the loop turns without rest and takes a CPU.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:  # noqa: ARG002
+        """Called after each step of the loop; a step hands out all that is ready, so nothing waits longer than this."""
+        time.sleep(PAUSE_S)
 
 
 class Order:
@@ -267,6 +282,8 @@ def stream(
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(1.0, data_cpus))
     context.enable_progress_bars = False
+    if Pause not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(Pause)
     # What `read` yields stays a block as it is: it is larger than this, and smaller than the 1.5 times at which Ray
     # Data 2.60 cuts. A repartition would join and cut, and so copy, every photograph several times more.
     context.target_max_block_size = int(0.75 * images_per_block * _row_bytes(views))

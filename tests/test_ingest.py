@@ -1,11 +1,14 @@
 """Ingest: an order that no worker and no restart changes, and photographs that arrive in it."""
 
+import contextlib
 import itertools
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -151,6 +154,34 @@ def test_stream__steps_are_the_same_for_one_two_and_three_workers(
             expected = alone[start // 12 + step]
             for name in ("position", "image"):
                 np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), expected[name])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_stream__its_coordinator_rests_while_nobody_takes_a_step(small_hub: tuple[str, Corpus]) -> None:
+    def used_s(actor: str) -> dict[int, float]:
+        processes = (process for process in psutil.process_iter() if process.name().startswith(f"ray::{actor}"))
+        return {process.pid: sum(process.cpu_times()[:2]) for process in processes}
+
+    others = used_s("SplitCoord")
+    (iterator,) = ingest.stream(
+        *small_hub,
+        start=0,
+        end=2**18,
+        num_workers=1,
+        batch_size=16,
+        views={"image": View(size_px=512, scale=(0.2, 1.0))},
+        seed=0,
+        data_cpus=1.0,
+    )
+    batches: Any = ingest.torch_batches(iterator, images_per_batch=16)
+    with contextlib.closing(batches):
+        next(batches)
+        time.sleep(12)  # until there is no room for another crop
+        before = used_s("SplitCoord")
+        time.sleep(3)
+        after = used_s("SplitCoord")
+    shares = [(after[pid] - spent_s) / 3 for pid, spent_s in before.items() if pid in after and pid not in others]
+    assert shares and min(shares) < 0.3, f"shares of a CPU: {shares}"
 
 
 @pytest.mark.usefixtures("ray_cluster")
