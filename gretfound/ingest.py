@@ -29,7 +29,7 @@ from gretfound.lineage import Corpus
 
 WINDOW_IMAGES = 1024  # at least four row groups: enough to mix sites, few enough to hold as crops
 SEGMENT_IMAGES = 2**23  # images of one Ray Data execution: 8,192 small tasks; its plan must not grow with the run
-PAUSE_S = 0.01
+PAUSE_S = 0.01  # short beside a window, which takes a second and more to decode; long beside a turn of 1 to 2 ms
 MAX_UNREADABLE = 256  # in a row: that is no damaged photograph but a damaged shard
 _IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px", "dr"]
 
@@ -39,6 +39,8 @@ class Pause(ExecutionCallback):
 
     Ray Data 2.60 waits for "all tasks or 0.1 s"; a task whose output nobody has room for counts as ready, so while a
     training step is slower than the decoding, which is the usual case, the loop turns without rest and takes a CPU.
+    `ExecutionCallback` is one of Ray's internals, which `DataContext.custom_execution_callback_classes` asks for. To be
+    removed when the loop rests by itself.
     """
 
     def on_execution_step(self, executor: Any) -> None:  # noqa: ARG002

@@ -158,11 +158,11 @@ def test_stream__steps_are_the_same_for_one_two_and_three_workers(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_stream__its_coordinator_rests_while_nobody_takes_a_step(small_hub: tuple[str, Corpus]) -> None:
-    def used_s(actor: str) -> dict[int, float]:
-        processes = (process for process in psutil.process_iter() if process.name().startswith(f"ray::{actor}"))
-        return {process.pid: sum(process.cpu_times()[:2]) for process in processes}
+    def used_s() -> dict[int, float]:
+        processes = [each.info for each in psutil.process_iter(["pid", "name", "cpu_times"])]
+        return {each["pid"]: sum(each["cpu_times"][:2]) for each in processes if "SplitCoord" in (each["name"] or "")}
 
-    others = used_s("SplitCoord")
+    others = used_s()
     (iterator,) = ingest.stream(
         *small_hub,
         start=0,
@@ -177,9 +177,9 @@ def test_stream__its_coordinator_rests_while_nobody_takes_a_step(small_hub: tupl
     with contextlib.closing(batches):
         next(batches)
         time.sleep(12)  # until there is no room for another crop
-        before = used_s("SplitCoord")
+        before = used_s()
         time.sleep(3)
-        after = used_s("SplitCoord")
+        after = used_s()
     shares = [(after[pid] - spent_s) / 3 for pid, spent_s in before.items() if pid in after and pid not in others]
     assert shares and min(shares) < 0.3, f"shares of a CPU: {shares}"
 

@@ -55,12 +55,22 @@ def encoder_space(path: Path, *, device: str = "cpu") -> Space:
 
 
 def space_of(hub_uri: str, encoder_id: str, *, device: str) -> Space:
-    """Returns the space of an encoder of the hub, or wavelet scattering where its id is empty."""
+    """Returns the space of an encoder of the hub, or wavelet scattering where its id is empty.
+
+    Args:
+        hub_uri: The hub.
+        encoder_id: The encoder's record id, or nothing.
+        device: Where an encoder runs.
+
+    Raises:
+        LineageError: If the hub holds no such encoder.
+        StorageError: If its folder is not whole.
+    """
     if not encoder_id:
         return scattering_space
     record = storage.read_record(hub_uri, encoder_id, Encoder)
-    with storage.scratch_folder() as folder:
-        return encoder_space(storage.fetch_folder(hub_uri, record, Path(folder)), device=device)
+    with storage.scratch_folder() as scratch:
+        return encoder_space(storage.fetch_folder(hub_uri, record, Path(scratch)), device=device)
 
 
 def timm_space(path: Path, *, device: str = "cpu") -> Space:
