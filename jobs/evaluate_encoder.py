@@ -16,7 +16,7 @@ from gretfound.errors import ConfigError
 from jobs import console, pretrain_encoder
 from jobs.recipe import build_objective
 
-RESULT_KEYS = ("num_folds", "num_bootstraps", "min_patients_per_class", "seed", "num_pictures")
+RESULT_KEYS = ("num_folds", "num_bootstraps", "min_patients_per_class", "pooling", "seed", "num_pictures")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Config:
     num_folds: int = setting(5, "folds of the cross-validation; a patient is in one of them")
     num_bootstraps: int = setting(1000, "resamples of the patients, for 95% intervals")
     min_patients_per_class: int = setting(5, "a class with fewer patients is left out; a task needs two classes")
+    pooling: str = setting(
+        "mean",
+        "what is probed of the patch tokens: mean, as it is served, or mean_and_deviation, which tells of lesions",
+    )
     seed: int = setting(0, "decides folds, resamples and the untrained baseline's weights")
     batch_size: int = setting(32, "photographs that a worker embeds at a time")
     num_workers: int = setting(1, "workers that embed photographs in parallel")
@@ -42,6 +46,8 @@ class Config:
         """Checks ranges."""
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device={self.device!r} is neither cpu nor cuda")
+        if self.pooling not in ("mean", "mean_and_deviation"):
+            raise ConfigError(f"pooling={self.pooling!r} is neither mean nor mean_and_deviation")
         if min(self.num_folds, self.min_patients_per_class) < 2 or min(self.batch_size, self.num_workers) < 1:
             raise ConfigError("num_folds and min_patients_per_class need at least 2, batch_size and num_workers 1")
         if self.num_bootstraps < 100:
@@ -61,6 +67,7 @@ def main(argv: list[str]) -> str:
     """Runs the job; returns the report's id."""
     config = load(Config, argv)
     from gretfound import corpus, lineage, release, storage, tracking, withdrawal
+    from gretfound.encoder import folder
     from gretfound.evaluation import measurement, pictures, protocol, report
     from gretfound.lineage import Corpus, Encoder, Report
 
@@ -82,6 +89,7 @@ def main(argv: list[str]) -> str:
         encoder,
         sets,
         seed=config.seed,
+        pooling=config.pooling,
         device=config.device,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
@@ -123,6 +131,7 @@ def main(argv: list[str]) -> str:
             num_folds=config.num_folds,
             num_resamples=config.num_bootstraps,
             min_patients_per_class=config.min_patients_per_class,
+            features=folder.POOLINGS[config.pooling],
             seed=config.seed,
             is_checked_against_corpus=bool(corpora),
         ),

@@ -27,9 +27,14 @@ from torch import nn
 from gretfound.encoder.transform import INTERPOLATION, Transform
 from gretfound.errors import StorageError
 
-# Legend of tensor suffixes: B images, C colour channels, H rows, W columns, D features.
+# Legend of tensor suffixes: B images, C colour channels, H rows, W columns, T tokens, L patches,
+# D features.
 WEIGHTS_NAME, CONFIG_NAME, TRANSFORM_NAME = "model.safetensors", "config.json", "transform.json"
 CHECKPOINT_NAME, ONNX_NAME = "checkpoint.pth", "model.onnx"
+POOLINGS = {
+    "mean": "the mean of an encoder's patch tokens, as it is served",
+    "mean_and_deviation": "the mean of an encoder's patch tokens and their standard deviation, side by side",
+}
 
 
 def write_encoder_folder(
@@ -171,25 +176,40 @@ def untrained_like(path: Path, *, seed: int) -> VisionTransformer:
 
 
 @torch.inference_mode()
-def embed(encoder: VisionTransformer, tensor_BCHW: torch.Tensor, *, batch: int = 64) -> npt.NDArray[np.float32]:
-    """Returns features: the mean of the patch tokens for an encoder with average pooling.
+def embed(
+    encoder: VisionTransformer, tensor_BCHW: torch.Tensor, *, pooling: str = "mean", batch: int = 64
+) -> npt.NDArray[np.float32]:
+    """Returns features: of an encoder with average pooling what all patch tokens say, in one of `POOLINGS`.
 
-    They come from timm's own `forward_head`, which applies the final norm once (RETFound's script applies it twice).
+    The mean comes from timm's own `forward_head`, which applies the final norm once (RETFound's script applies it
+    twice). A lesion fills few patches, so it moves the deviation of the patch tokens more than their mean.
 
     Args:
         encoder: In evaluation mode.
         tensor_BCHW: Preprocessed photographs; moved to the encoder's device batch by batch.
+        pooling: One of `POOLINGS`.
         batch: Photographs at a time.
 
     Returns:
-        BxD.
+        BxD, or Bx2D with the deviation.
+
+    Raises:
+        ValueError: If the pooling has another name.
     """
+    if pooling not in POOLINGS:
+        raise ValueError(f"found pooling={pooling!r}; required one of {', '.join(POOLINGS)}")
     device = next(encoder.parameters()).device
-    parts = [
-        encoder.forward_head(encoder.forward_features(part_BCHW.to(device)), pre_logits=True).float().cpu()
-        for part_BCHW in torch.split(tensor_BCHW, batch)
-    ]
-    features = torch.cat(parts) if parts else torch.zeros(0, encoder.num_features)
+    parts = []
+    for part_BCHW in torch.split(tensor_BCHW, batch):
+        token_BTD = encoder.forward_features(part_BCHW.to(device))
+        feature_BD = encoder.forward_head(token_BTD, pre_logits=True)
+        if pooling == "mean_and_deviation":
+            patch_BLD = token_BTD[:, encoder.num_prefix_tokens :]
+            deviation_BD = (patch_BLD - patch_BLD.mean(1, keepdim=True)).square().mean(1).sqrt()
+            feature_BD = torch.cat([feature_BD, deviation_BD], dim=1)
+        parts.append(feature_BD.float().cpu())
+    num_features = encoder.num_features * (2 if pooling == "mean_and_deviation" else 1)
+    features = torch.cat(parts) if parts else torch.zeros(0, num_features)
     return cast(npt.NDArray[np.float32], features.numpy())
 
 

@@ -30,13 +30,15 @@ from gretfound.lineage import Encoder
 class Embedder:
     """Runs on workers: decodes photographs once and returns every encoder's features of them."""
 
-    def __init__(self, hub_uri: str, encoder: Encoder, *, seed: int, device: str, batch_size: int) -> None:
+    def __init__(
+        self, hub_uri: str, encoder: Encoder, *, seed: int, pooling: str, device: str, batch_size: int
+    ) -> None:
         with storage.scratch_folder() as scratch:
             path = storage.fetch_folder(hub_uri, encoder, Path(scratch))
             pretrained, self._transform = folder.read_encoder_folder(path)
             untrained = folder.untrained_like(path, seed=seed)
         self._networks = {"pretrained": pretrained.to(device), "untrained": untrained.to(device)}
-        self._batch_size = batch_size
+        self._pooling, self._batch_size = pooling, batch_size
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Adds image ids, hashes, features and, for what cannot be read, the reason to a batch of places and URIs."""
@@ -54,7 +56,8 @@ class Embedder:
         squares = [self._transform.square(image) for image in images]
         tensor_BCHW = self._transform.normalise(torch.from_numpy(np.stack(squares).transpose(0, 3, 1, 2).copy()))
         features = {
-            name: folder.embed(network, tensor_BCHW, batch=self._batch_size) for name, network in self._networks.items()
+            name: folder.embed(network, tensor_BCHW, pooling=self._pooling, batch=self._batch_size)
+            for name, network in self._networks.items()
         }
         pixels = [fundus.to_square(square, None, RAW_PIXELS_SIZE_PX).reshape(-1) for square in squares]
         features["raw_pixels"] = np.stack(pixels).astype(np.float32) / np.float32(255.0)
@@ -73,6 +76,7 @@ def embed_sets(
     sets: Sequence[EvaluationSet],
     *,
     seed: int,
+    pooling: str,
     device: str,
     batch_size: int,
     num_workers: int,
@@ -84,6 +88,7 @@ def embed_sets(
         encoder: The pretrained one; the untrained one is of its architecture.
         sets: Evaluation sets with different names.
         seed: Of the untrained encoder's weights.
+        pooling: One of `folder.POOLINGS`, for both encoders.
         device: ``cpu`` or ``cuda``; one GPU a worker.
         batch_size: Photographs that a worker embeds at a time.
         num_workers: Workers, one CPU each.
@@ -102,7 +107,7 @@ def embed_sets(
     ).map_batches(
         Embedder,
         fn_constructor_args=(hub_uri, encoder),
-        fn_constructor_kwargs={"seed": seed, "device": device, "batch_size": batch_size},
+        fn_constructor_kwargs={"seed": seed, "pooling": pooling, "device": device, "batch_size": batch_size},
         batch_size=batch_size,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=1,

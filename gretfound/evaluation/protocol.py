@@ -310,12 +310,19 @@ def describe_set(
 
 
 def describe_protocol(
-    *, num_folds: int, num_resamples: int, min_patients_per_class: int, seed: int, is_checked_against_corpus: bool
+    *,
+    num_folds: int,
+    num_resamples: int,
+    min_patients_per_class: int,
+    features: str,
+    seed: int,
+    is_checked_against_corpus: bool,
 ) -> dict[str, str]:
-    """Returns the protocol in sentences, for the report."""
+    """Returns the protocol in sentences, for the report; ``features`` says what is probed of the encoders."""
     return {
         "encoders": "the pretrained encoder; the same architecture untrained (random weights from the seed); the "
         f"photograph itself at {RAW_PIXELS_SIZE_PX} px. All are frozen and read the same preprocessed photographs.",
+        "features": features,
         "splits": f"{num_folds} folds, stratified by class and grouped by patient: no patient is fitted on and tested. "
         "A photograph without a patient counts as a patient of its own; identical photographs count as one patient's.",
         "linear_probe": "standardised features, L2-penalised logistic regression; the penalty is chosen by log loss on "

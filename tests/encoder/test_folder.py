@@ -128,6 +128,12 @@ def test_embed__is_the_mean_of_the_normalised_patch_tokens(images):
     assert features.shape == (5, 48) and features.dtype == np.float32
     assert features == pytest.approx(tokens_BLD[:, 1:].mean(dim=1).numpy(), abs=1e-6)
     assert folder.embed(encoder, images[:0]).shape == (0, 48)
+    both = folder.embed(encoder, images, pooling="mean_and_deviation")
+    assert np.array_equal(both[:, :48], folder.embed(encoder, images))
+    assert both[:, 48:] == pytest.approx(tokens_BLD[:, 1:].numpy().std(axis=1), abs=1e-6)
+    assert folder.embed(encoder, images[:0], pooling="mean_and_deviation").shape == (0, 96)
+    with pytest.raises(ValueError, match="required one of mean, mean_and_deviation"):
+        folder.embed(encoder, images, pooling="max")
 
 
 def test_untrained_like__same_architecture_seeded_and_other_weights(tmp_path):

@@ -40,9 +40,10 @@ def batch_of(evaluation_set):
     return {"place": np.arange(len(uris)), "uri": np.array(uris)}
 
 
-def test_embedder__features_are_those_of_the_encoder_folder(hub):
+@pytest.mark.parametrize("pooling", folder.POOLINGS)
+def test_embedder__features_are_those_of_the_encoder_folder(hub, pooling):
     hub_uri, record, path, evaluation_set = hub
-    embed = measurement.Embedder(hub_uri, record, seed=3, device="cpu", batch_size=2)
+    embed = measurement.Embedder(hub_uri, record, seed=3, pooling=pooling, device="cpu", batch_size=2)
     found = embed(batch_of(evaluation_set))
     assert found["place"].tolist() == [0, 1, 2, 3, 4]
     assert [bool(reason) for reason in found["reason"]] == [False, True, False, True, False]
@@ -52,7 +53,7 @@ def test_embedder__features_are_those_of_the_encoder_folder(hub):
         image = fundus.decode_photograph(storage.read_bytes(evaluation_set.rows[place].uri))
         assert found["image_id"][place] == fundus.pixel_digest(image)
         square = torch.from_numpy(transform.square(image).transpose(2, 0, 1)[None].copy())
-        expected = folder.embed(encoder, transform.normalise(square))[0]
+        expected = folder.embed(encoder, transform.normalise(square), pooling=pooling)[0]
         assert found["pretrained"][place] == pytest.approx(expected, abs=1e-5)
         assert np.abs(found["untrained"][place] - expected).max() > 0.01
         assert found["raw_pixels"][place].shape == (3 * protocol.RAW_PIXELS_SIZE_PX**2,)
@@ -61,7 +62,8 @@ def test_embedder__features_are_those_of_the_encoder_folder(hub):
 
 def test_sign_embedded__readable_photographs_are_signed_and_the_others_named(hub):
     hub_uri, record, _, evaluation_set = hub
-    batches = [measurement.Embedder(hub_uri, record, seed=3, device="cpu", batch_size=2)(batch_of(evaluation_set))]
+    embed = measurement.Embedder(hub_uri, record, seed=3, pooling="mean", device="cpu", batch_size=2)
+    batches = [embed(batch_of(evaluation_set))]
     photographs, faults = protocol.collect([("dune", row) for row in evaluation_set.rows], batches)
     signed = measurement.sign_embedded(photographs, batches)
     numbers = [row.number for row in evaluation_set.rows]

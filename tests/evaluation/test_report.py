@@ -56,7 +56,9 @@ def evaluated(num_rows, name="dune <script>"):
     content = protocol.summarise(planned, outcomes, {name: found}, **OPTIONS) | {
         "skipped_tasks": skipped,
         "evaluation_sets": {name: protocol.describe_set(origin, found, faults, is_fitted_on=False)},
-        "protocol": protocol.describe_protocol(num_folds=3, is_checked_against_corpus=False, **OPTIONS),
+        "protocol": protocol.describe_protocol(
+            num_folds=3, features="the mean", is_checked_against_corpus=False, **OPTIONS
+        ),
         "lineage": {"encoder_id": "encoder-00", "records": []},
     }
     return content, {"assessments": planned, "outcomes": outcomes, "photographs": {name: found}}

@@ -120,10 +120,12 @@ def test_main__features_do_not_depend_on_workers_and_batches(hub, ray_cluster):
 def test_main__external_set_and_two_sets(hub, ray_cluster):
     root, hub_uri, _ = hub
     given = arguments(hub, f"evaluation_uris=[{root}/dune]", f"fitted_on_uri={root}/cedar", "num_folds=3")
+    given.append("pooling=mean_and_deviation")
     report_id = evaluate_encoder.main([*given, "min_patients_per_class=2"])
     content = storage.read_json(storage.join(hub_uri, "reports", report_id, "report.json"))
     assert {"dune/any_dr", "cedar->dune/any_dr"} <= set(content["tasks"])
     assert content["tasks"]["cedar->dune/any_dr"]["num_images_fitted_on"] == 40
+    assert "standard deviation" in content["protocol"]["features"]
     assert content["evaluation_sets"]["cedar"]["role"] == "probes are fitted on it"
 
 
@@ -145,6 +147,7 @@ def test_main__photograph_of_the_corpus_is_refused(hub, ray_cluster, tmp_path):
     ("override", "message"),
     [
         ("device=tpu", "neither cpu nor cuda"),
+        ("pooling=max", "neither mean nor mean_and_deviation"),
         ("num_folds=1", "at least 2"),
         ("num_bootstraps=10", "100 or more"),
         ("evaluation_uris=[]", "different names"),
