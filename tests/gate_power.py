@@ -6,7 +6,7 @@ harder for the gate than what a generator draws, since they are as sharp as real
 2,000 samples and as many held-out photographs as trained ones. Of the real ones in ../shared/cfp, less near-
 duplicates, 150 are trained on, 150 are held out, and the samples are the rest with nine imitated second visits of each:
 2,000 samples of 209 people, so that one who is like somebody trained on counts ten times. The last row of each kind of
-photograph is the gate's own: all eyes together. Features are kept in runs/bench/gate_power.
+photograph is of all eyes together, also of one that G1 would leave out. Features are kept in runs/bench/gate_power.
 """
 
 import json

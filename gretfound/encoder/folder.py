@@ -27,8 +27,7 @@ from torch import nn
 from gretfound.encoder.transform import INTERPOLATION, Transform
 from gretfound.errors import StorageError
 
-# Legend of tensor suffixes: B images, C colour channels, H rows, W columns, T tokens, L patches,
-# D features.
+# Legend of tensor suffixes: B images, C colour channels, H rows, W columns, T tokens, L patches, D features.
 WEIGHTS_NAME, CONFIG_NAME, TRANSFORM_NAME = "model.safetensors", "config.json", "transform.json"
 CHECKPOINT_NAME, ONNX_NAME = "checkpoint.pth", "model.onnx"
 POOLINGS = {
