@@ -111,6 +111,81 @@ class Recipe:
     device: str = "cpu"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Terms:
+    """What a contribution follows from beside the site's folder: another package comes of anything else in it."""
+
+    site_id: str
+    form: str
+    policy: SitePolicy
+    rules: disclosure.Policy
+    gate: gate_policy.Policy
+    recipe: Recipe
+    base: str
+    dp_epsilon: float | None
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together.
+
+        Raises:
+            ConfigError: It says what to change.
+        """
+        require_site_id(self.site_id)
+        is_full = self.recipe.method == "full"
+        if self.form != "images" and not self.base:
+            raise ConfigError(f"--base is required for the form {self.form!r}: the generator to start from")
+        if self.form == "weights" and is_full and self.policy.name == "standard":
+            raise ConfigError(
+                "--method full is for the demonstration policy; the hub admits low-rank factors (lora) only"
+            )
+        if self.dp_epsilon is not None:
+            if self.form == "images" or is_full:
+                raise ConfigError("--dp-epsilon is for a form that is trained, with --method lora")
+            spending.tier_of(self.dp_epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """Where a contribution lies while it is made, and what of it stays at the site for good."""
+
+    work_path: Path
+    key_path: Path
+    package_stem: str
+
+    @property
+    def staging_path(self) -> Path:
+        """What is to be packed."""
+        return self.work_path / "package"
+
+    @property
+    def ledger_path(self) -> Path:
+        """The ledger of the site's releases."""
+        return self.key_path.with_suffix(".releases.json")
+
+    def beside_key(self, suffix: str) -> Path:
+        """Returns a place for what stays at the site and is told of this package."""
+        return self.key_path.with_name(f"{self.package_stem}.{suffix}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Staged:
+    """What lies in the staging folder.
+
+    Args:
+        made: What is told of the patients.
+        earlier: The site's ledger of releases, as it was when this one was made.
+        num_images: Photographs that the package stands for.
+        num_patients: Their patients as released; None where no codes are known.
+        base_sha256: Of the base that was trained; "" where nothing was.
+    """
+
+    made: disclosure.Release
+    earlier: list[disclosure.Release]
+    num_images: int
+    num_patients: int | None
+    base_sha256: str = ""
+
+
 def contribute(
     folder_path: Path,
     *,
@@ -159,35 +234,23 @@ def contribute(
         GateClosed: If the privacy gate does not let the generator leave.
         NonFiniteLoss: If the training diverged.
     """
-    require_site_id(site_id)
     if form == "images":
         base = ""  # nothing is trained, so the base cannot change the result
-    elif not base:
-        raise ConfigError(f"--base is required for the form {form!r}: the generator to start from")
-    if form == "weights" and recipe.method == "full" and policy.name == "standard":
-        raise ConfigError("--method full is for the demonstration policy; the hub admits low-rank factors (lora) only")
-    if dp_epsilon is not None:
-        if form == "images" or recipe.method == "full":
-            raise ConfigError("--dp-epsilon is for a form that is trained, with --method lora")
-        spending.tier_of(dp_epsilon)
-    ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
-    today = today or datetime.now(UTC).date()
-    rules, gate = disclosure.read_policy(policy.name), gate_policy.read_policy(policy.name)
-    if min_patients_per_cell is not None:
-        rules = rules.raised_to(min_patients_per_cell)
-    digests = _digests_of_files(folder_path)
-    work_id = _digest_of_inputs(
-        folder_path,
-        digests,
+    rules = disclosure.read_policy(policy.name)
+    terms = _Terms(
         site_id=site_id,
         form=form,
         policy=policy,
-        rules=rules,
-        gate=gate,
+        rules=rules if min_patients_per_cell is None else rules.raised_to(min_patients_per_cell),
+        gate=gate_policy.read_policy(policy.name),
         recipe=recipe,
         base=base,
         dp_epsilon=dp_epsilon,
-    )[:12]
+    )
+    ring = keyring.read(keys_path or keyring.default_folder(site_id), site_id)
+    today = today or datetime.now(UTC).date()
+    digests = _digests_of_files(folder_path)
+    work_id = _digest_of_inputs(folder_path, digests, terms)[:12]
     package_path = out_path / f"{site_id}-{form}-{work_id}.age"
     draft_path = package_path.with_suffix(".tar")
     if package_path.exists():
@@ -199,107 +262,150 @@ def contribute(
         if _has_keys_of(ring, sealing.read_draft(draft_path)):
             return _sealed_if_ready(ring, draft_path, package_path, passphrase, today)
         draft_path.unlink()  # a key was replaced since
-    found = examine(folder_path, _gated(policy, gate, dp_epsilon))
+    found = examine(folder_path, _gated(policy, terms.gate, dp_epsilon))
     if not found.is_fit_for(form):
         raise NotFit(examination.to_text(found), form)
-    work_path = (work_path or out_path / ".work") / work_id
-    staging_path = work_path / "package"
-    key_path = key_path or default_key_path(site_id)
+    places = _Places(
+        work_path=(work_path or out_path / ".work") / work_id,
+        key_path=key_path or default_key_path(site_id),
+        package_stem=package_path.stem,
+    )
     if form == "images":
-        key = _site_key(key_path)
-        found, leaving = _deidentified(found, digests, key, work_path, recipe.jpeg_quality)
+        staged = _stage_photographs(terms, places, found, digests)
     else:
-        found = examination.narrowed(found, [each for each in found.usable if not each.is_dicom])
-    ledger_path = key_path.with_suffix(".releases.json")
-    earlier = disclosure.read_ledger(ledger_path)
-    rows = [each.cells for each in found.usable]
-    made = disclosure.release(rows, policy=rules, earlier=earlier)
-    summary = made.summary
-    num_images = summary.num_images if form == "weights" else len(found.usable)
-    _stage_summary(staging_path, summary, rules, stale_path=staging_path if form == "images" else work_path)
-    if form == "images":
-        tasks = [
-            _Task(
-                path=leaving.folder_path / outcome.file_name,
-                cells=(cells := _sent_cells(told, each.cells, outcome.visit, key)),
-                site_id=site_id,
-                facts=outgoing.sent_facts(outcome, cells),
-            )
-            for each, outcome, told in zip(
-                found.usable, leaving.leaving, disclosure.told_rows(rows, summary, policy=rules), strict=True
-            )
-        ]
-        _write_real_shards(tasks, staging_path / "shards", work_path, "packing")
-        _write_private(key_path.with_name(f"{package_path.stem}.photographs.csv"), outgoing.ledger_text(leaving))
-        base_sha256 = ""
-    else:
-        # Of twice as many patients: some of a caption's are held out, and both sides must be captioned alike.
-        common = rules.raised_to(2 * rules.min_patients_per_cell)
-        captioned = disclosure.caption_rows(rows, summary, policy=common)
-        prepared = gatehouse.prepare(found, captioned, rules=gate, seed=recipe.seed, epsilon=dp_epsilon)
-        page_path = key_path.with_name(f"{package_path.stem}.gate.html")
-        if prepared.first.verdict != "PASS":  # before hours of training
-            raise GateClosed(gate_report.make([prepared.first], policy_stamp=gate.stamp), page_path)
-        _require_told_patients(summary, rules, gate, dp_epsilon)
-        reveal: canaries.Reveal | None = None
-        if form == "weights":
-            seed = keyring.read_hub_card(ring.hub_path)[0].canary_seed
-            reveal = _commit(staging_path, policy, seed, canaries.coin_secret_of(_site_key(key_path), work_id))
-        learned = _canaries(reveal, policy) if reveal else []
-        adapter_path, base_path = _trained(prepared, work_path, recipe, base, learned, dp_epsilon)
-        ledger: Ledger | None = None
-        if dp_epsilon is not None:
-            ledger = spending.read_ledger((adapter_path.parent / spending.LEDGER_NAME).read_bytes())
-            storage.write_bytes(str(staging_path / "privacy" / spending.LEDGER_NAME), ledger.to_bytes())
-        base_sha256 = storage.sha256_of(denoiser_weights(base_path))
-        _stage_training(work_path, staging_path, recipe)
-        num_drawn = recipe.num_drawn if form == "synthetic" else 0
-        extra: list[Check] = []
-        if reveal is not None:
-            extra.append(
-                gatehouse.judge_canaries(
-                    reveal,
-                    base_path=base_path,
-                    adapter_path=adapter_path,
-                    policy=policy.name,
-                    ledger=ledger,
-                    device=recipe.device,
-                    work_path=work_path,
-                )
-            )
-        outcome = _judged(
-            prepared, summary, base_path, adapter_path, work_path, recipe, num_drawn, extra, eye_path=key_path.parent
-        )
-        _write_private(page_path, outcome.page)
-        if outcome.report.verdict not in gate_report.LEAVES:
-            raise GateClosed(outcome.report, page_path)
-        storage.write_bytes(str(staging_path / gate_report.PATH), outcome.report.to_bytes())
-        if form == "weights":
-            shutil.copytree(adapter_path, staging_path / "weights", dirs_exist_ok=True)
-        else:
-            leaving_drawn = [place for place in range(num_drawn) if place not in outcome.flagged]
-            _write_drawn(outcome, leaving_drawn, staging_path / "shards", work_path, site_id, recipe)
-            num_images = len(leaving_drawn)
-    disclosure.enter(ledger_path, made, after=earlier)  # before the package is there: it could leave at once
-    _write_account(key_path.with_name(f"{package_path.stem}.disclosure"), made, rules)
+        staged = _stage_generator(terms, places, found, ring)
+    # Before the package is there: it could leave at once.
+    disclosure.enter(places.ledger_path, staged.made, after=staged.earlier)
+    _write_account(places.beside_key("disclosure"), staged.made, terms.rules)
     sealing.draft(
-        staging_path,
+        places.staging_path,
         draft_path,
         site_id=site_id,
         form=form,
-        country=summary.country,
+        country=staged.made.summary.country,
         policy=policy.stamp,
-        base_sha256=base_sha256,
-        num_images=num_images,
-        num_patients=None if found.num_patients is None else summary.num_patients,
+        base_sha256=staged.base_sha256,
+        num_images=staged.num_images,
+        num_patients=staged.num_patients,
         label=keyring.label(ring, today=today),
         container_key=signing.read_private_key(ring.private_path("container")),
         steward_public_key=keyring.approval_of(ring, "steward").public_key,
     )
-    shutil.rmtree(work_path)
-    if work_path.parent.name == ".work" and not any(work_path.parent.iterdir()):
-        work_path.parent.rmdir()
+    shutil.rmtree(places.work_path)
+    if places.work_path.parent.name == ".work" and not any(places.work_path.parent.iterdir()):
+        places.work_path.parent.rmdir()
     return _sealed_if_ready(ring, draft_path, package_path, passphrase, today)
+
+
+def _stage_photographs(terms: _Terms, places: _Places, found: Examination, digests: dict[Path, str]) -> _Staged:
+    """De-identifies photographs and packs them with what may be told of each."""
+    key = _site_key(places.key_path)
+    found, leaving = _deidentified(found, digests, key, places.work_path, terms.recipe.jpeg_quality)
+    rows = [each.cells for each in found.usable]
+    made, earlier = _released(terms, places, rows, stale_path=places.staging_path)
+    told_rows = disclosure.told_rows(rows, made.summary, policy=terms.rules)
+    tasks = [
+        _Task(
+            path=leaving.folder_path / outcome.file_name,
+            cells=(cells := _sent_cells(told, each.cells, outcome.visit, key)),
+            site_id=terms.site_id,
+            facts=outgoing.sent_facts(outcome, cells),
+        )
+        for each, outcome, told in zip(found.usable, leaving.leaving, told_rows, strict=True)
+    ]
+    _write_real_shards(tasks, places.staging_path / "shards", places.work_path, "packing")
+    _write_private(places.beside_key("photographs.csv"), outgoing.ledger_text(leaving))
+    return _Staged(
+        made=made,
+        earlier=earlier,
+        num_images=len(found.usable),
+        num_patients=None if found.num_patients is None else made.summary.num_patients,
+    )
+
+
+def _stage_generator(terms: _Terms, places: _Places, found: Examination, ring: Keyring) -> _Staged:
+    """Fine-tunes the base, has the privacy gate look at it, and packs its weights or what it draws.
+
+    Raises:
+        GateClosed: If the gate does not let it leave: of the photographs alone, so before hours of training, or after.
+    """
+    rules, recipe, staging_path = terms.rules, terms.recipe, places.staging_path
+    found = examination.narrowed(found, [each for each in found.usable if not each.is_dicom])
+    rows = [each.cells for each in found.usable]
+    made, earlier = _released(terms, places, rows, stale_path=places.work_path)
+    # Of twice as many patients: some of a caption's are held out, and both sides must be captioned alike.
+    common = rules.raised_to(2 * rules.min_patients_per_cell)
+    captioned = disclosure.caption_rows(rows, made.summary, policy=common)
+    prepared = gatehouse.prepare(found, captioned, rules=terms.gate, seed=recipe.seed, epsilon=terms.dp_epsilon)
+    page_path = places.beside_key("gate.html")
+    if prepared.first.verdict != "PASS":
+        raise GateClosed(gate_report.make([prepared.first], policy_stamp=terms.gate.stamp), page_path)
+    _require_told_patients(made.summary, rules, terms.gate, terms.dp_epsilon)
+    reveal: canaries.Reveal | None = None
+    if terms.form == "weights":
+        coin_secret = canaries.coin_secret_of(_site_key(places.key_path), places.work_path.name)
+        seed = keyring.read_hub_card(ring.hub_path)[0].canary_seed
+        reveal = _commit(staging_path, terms.policy, seed, coin_secret)
+    learned = _canaries(reveal, terms.policy) if reveal else []
+    adapter_path, base_path = _trained(prepared, places.work_path, recipe, terms.base, learned, terms.dp_epsilon)
+    ledger: Ledger | None = None
+    if terms.dp_epsilon is not None:
+        ledger = spending.read_ledger((adapter_path.parent / spending.LEDGER_NAME).read_bytes())
+        storage.write_bytes(str(staging_path / "privacy" / spending.LEDGER_NAME), ledger.to_bytes())
+    _stage_training(places.work_path, staging_path, recipe)
+    extra: list[Check] = []
+    if reveal is not None:
+        canaries_check = gatehouse.judge_canaries(
+            reveal,
+            base_path=base_path,
+            adapter_path=adapter_path,
+            policy=terms.policy.name,
+            ledger=ledger,
+            device=recipe.device,
+            work_path=places.work_path,
+        )
+        extra.append(canaries_check)
+    num_drawn = recipe.num_drawn if terms.form == "synthetic" else 0
+    outcome = _judged(prepared, made.summary, base_path, adapter_path, places, recipe, num_drawn, extra)
+    _write_private(page_path, outcome.page)
+    if outcome.report.verdict not in gate_report.LEAVES:
+        raise GateClosed(outcome.report, page_path)
+    storage.write_bytes(str(staging_path / gate_report.PATH), outcome.report.to_bytes())
+    num_images = made.summary.num_images
+    if terms.form == "weights":
+        shutil.copytree(adapter_path, staging_path / "weights", dirs_exist_ok=True)
+    else:
+        leaving = [place for place in range(num_drawn) if place not in outcome.flagged]
+        _write_drawn(outcome, leaving, staging_path / "shards", places.work_path, terms.site_id, recipe)
+        num_images = len(leaving)
+    return _Staged(
+        made=made,
+        earlier=earlier,
+        num_images=num_images,
+        num_patients=None if found.num_patients is None else made.summary.num_patients,
+        base_sha256=storage.sha256_of(denoiser_weights(base_path)),
+    )
+
+
+def _released(
+    terms: _Terms, places: _Places, rows: Sequence[dict[str, Any]], *, stale_path: Path
+) -> tuple[disclosure.Release, list[disclosure.Release]]:
+    """Puts the summary of the patients into the package; what was made by another one, at ``stale_path``, goes.
+
+    Returns:
+        What is told, and the site's ledger of earlier releases, which it was judged by.
+    """
+    earlier = disclosure.read_ledger(places.ledger_path)
+    made = disclosure.release(rows, policy=terms.rules, earlier=earlier)
+    content = metadata.to_bytes(made.summary)
+    path = places.staging_path / "summary" / "metadata_summary.json"
+    if path.exists() and path.read_bytes() != content:
+        shutil.rmtree(stale_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    report = disclosure.describe_for_hub(made.summary, policy=terms.rules)
+    _write_json(path.with_name("disclosure_report.json"), report)
+    return made, earlier
 
 
 def _has_keys_of(ring: Keyring, package: Package) -> bool:
@@ -341,31 +447,20 @@ def _digests_of_files(folder_path: Path) -> dict[Path, str]:
         return dict(zip(paths, pool.map(storage.sha256_of, paths), strict=True))
 
 
-def _digest_of_inputs(
-    folder_path: Path,
-    digests: dict[Path, str],
-    *,
-    site_id: str,
-    form: str,
-    policy: SitePolicy,
-    rules: disclosure.Policy,
-    gate: gate_policy.Policy,
-    recipe: Recipe,
-    base: str,
-    dp_epsilon: float | None,
-) -> str:
+def _digest_of_inputs(folder_path: Path, digests: dict[Path, str], terms: _Terms) -> str:
+    base = terms.base
     base_path = storage.local_path(base) if base else None
     is_local = base_path is not None and denoiser_weights(base_path).is_file()
     return lineage.digest_of(
         {
             "files": [(path.relative_to(folder_path).as_posix(), digest) for path, digest in digests.items()],
-            "site_id": site_id,
-            "form": form,
-            "policy": policy.stamp,
-            "disclosure": asdict(rules),
-            "gate": asdict(gate) if form != "images" else None,
-            "recipe": asdict(recipe),
-            "dp_epsilon": dp_epsilon,
+            "site_id": terms.site_id,
+            "form": terms.form,
+            "policy": terms.policy.stamp,
+            "disclosure": asdict(terms.rules),
+            "gate": asdict(terms.gate) if terms.form != "images" else None,
+            "recipe": asdict(terms.recipe),
+            "dp_epsilon": terms.dp_epsilon,
             "base": storage.sha256_of(denoiser_weights(base_path)) if base_path and is_local else base,
         }
     )
@@ -541,19 +636,6 @@ class _Task:
 
 def _row_of(task: _Task) -> dict[str, Any]:
     return shard.row_of(task.path.read_bytes(), site_id=task.site_id, origin="real", cells=task.cells, **task.facts)
-
-
-def _stage_summary(
-    staging_path: Path, summary: metadata.MetadataSummary, rules: disclosure.Policy, *, stale_path: Path
-) -> None:
-    """Puts the summary into the package; what was made by another one, at ``stale_path``, is thrown away."""
-    content = metadata.to_bytes(summary)
-    path = staging_path / "summary" / "metadata_summary.json"
-    if path.exists() and path.read_bytes() != content:
-        shutil.rmtree(stale_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    _write_json(path.with_name("disclosure_report.json"), disclosure.describe_for_hub(summary, policy=rules))
 
 
 def _write_account(path: Path, made: disclosure.Release, rules: disclosure.Policy) -> None:
@@ -769,12 +851,10 @@ def _judged(
     summary: metadata.MetadataSummary,
     base_path: Path,
     adapter_path: Path,
-    work_path: Path,
+    places: _Places,
     recipe: Recipe,
     num_drawn: int,
     extra: Sequence[Check],
-    *,
-    eye_path: Path,
 ) -> gatehouse.Outcome:
     """Draws photographs whose captions follow the released summary, and has the privacy gate look at them."""
     gate = prepared.rules
@@ -792,8 +872,8 @@ def _judged(
             ),
             num_drawn=num_drawn,
             seed=recipe.seed,
-            work_path=work_path,
-            eye_path=eye_path,
+            work_path=places.work_path,
+            eye_path=places.key_path.parent,
             extra=extra,
             on_drawn=bar.update,
         )

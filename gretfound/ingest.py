@@ -6,6 +6,7 @@ about it (crop, flip, mask) follows from the position, so neither the number of 
 """
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,6 +31,7 @@ from gretfound.lineage import Corpus
 WINDOW_IMAGES = 1024  # at least four row groups: enough to mix sites, few enough to hold as crops
 SEGMENT_IMAGES = 2**23  # images of one Ray Data execution: 8,192 small tasks; its plan must not grow with the run
 PAUSE_S = 0.01  # short beside a window, which takes a second and more to decode; long beside a turn of 1 to 2 ms
+TASKS_PER_CPU = 1.5  # while one task hands its window out, which waits for Ray Data's loop, another decodes
 MAX_UNREADABLE = 256  # in a row: that is no damaged photograph but a damaged shard
 _IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px", "dr"]
 
@@ -290,7 +292,9 @@ def stream(
     # Data 2.60 cuts. A repartition would join and cut, and so copy, every photograph several times more.
     context.target_max_block_size = int(0.75 * images_per_block * _row_bytes(views))
     places = ray.data.range(len(windows), override_num_blocks=len(windows))
-    crops = places.map_batches(read, batch_size=1, num_cpus=min(1.0, data_cpus))
+    num_tasks = math.ceil(TASKS_PER_CPU * data_cpus)
+    cpus_per_task = math.floor(1e4 * data_cpus / num_tasks) / 1e4  # Ray counts CPUs in ten thousandths
+    crops = places.map_batches(read, batch_size=1, num_cpus=cpus_per_task)
     iterators: list[ray.data.DataIterator] = crops.streaming_split(num_workers, equal=True)
     return iterators
 

@@ -35,17 +35,18 @@ class Photographs(StreamingDataset):
 
 def main() -> None:
     """Writes the photographs as MDS, then reads them for some epochs."""
-    photographs, folder = Path(sys.argv[1]), sys.argv[2]
+    source, folder = Path(sys.argv[1]), sys.argv[2]
     size_px, batch_size, short, long, workers = map(int, sys.argv[3:8])
     with MDSWriter(out=folder, columns={"image": "jpeg"}) as writer:
         from PIL import Image
 
-        for path in sorted(photographs.glob("*.jpg")):
+        for path in sorted(source.glob("*.jpg")):
             with Image.open(path) as opened:
                 opened.load()
                 opened.filename = str(path)
                 writer.write({"image": opened})
-    loader = DataLoader(Photographs(folder, size_px, batch_size), batch_size=batch_size, num_workers=workers)
+    photographs = Photographs(folder, size_px, batch_size)
+    loader = DataLoader(photographs, batch_size=batch_size, num_workers=workers, persistent_workers=True)
     seen, took_s = [], []
     for epochs in (short, long):
         began_s = time.perf_counter()
