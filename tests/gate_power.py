@@ -4,14 +4,15 @@ For each share of copies among the samples, 20 seeds: in how many G2 fails. Copi
 as `gretfound.gate.controls` does; the other samples are photographs of patients whom nobody trained on, which is
 harder for the gate than what a generator draws, since they are as sharp as real ones. On drawn photographs there are
 2,000 samples and as many held-out photographs as trained ones. Of the real ones in ../shared/cfp, less near-
-duplicates, 150 are trained on, 150 are held out, and the samples are the rest with nine imitated second visits of each:
-2,000 samples of 209 people, so that one who is like somebody trained on counts ten times. The last row of each kind of
-photograph is of all eyes together, also of one that G1 would leave out. Features are kept in runs/bench/gate_power.
+duplicates, each seed draws 150 to be trained on and 150 to be held out (by chance: IDRiD's own order begins with the
+sick), and the samples are the rest with nine imitated second visits of each: 2,000 samples of 209 people, so that one
+who is like somebody trained on counts ten times. The last row of each kind of photograph is of all eyes together, also
+of one that G1 would leave out. Features are kept in runs/bench/gate_power.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,11 +45,12 @@ def main() -> None:
     learned = eyes.trained_eye(num_drawings=RULES.eye_drawings, num_steps=RULES.eye_steps, cache_path=cache_path)
     drawn = drawn_photographs(cache_path)
     looking: list[Eye] = [learned, eyes.DetailEye()]
-    rows = measure("drawn", drawn, looking, num_side=NUM_SIDE, num_visits=0, cache_path=cache_path)
+    settings = {"num_side": NUM_SIDE, "num_candidates": NUM_SIDE, "num_visits": 0}
+    rows = measure("drawn", drawn, looking, **settings, cache_path=cache_path)
     if REAL_PATH.is_dir():
         real = real_photographs(cache_path)
         looking.append(eyes.VesselEye())
-        settings = {"num_side": NUM_REAL_SIDE, "num_visits": NUM_REAL_VISITS}
+        settings = {"num_side": NUM_REAL_SIDE, "num_candidates": len(real), "num_visits": NUM_REAL_VISITS}
         rows += measure("real", real, looking, **settings, cache_path=cache_path)
     (OUT_PATH / "gate_power.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{'photographs':<12}{'eye':<11}{'samples':>8}{'planted':>9}{'found':>8}  G1")
@@ -64,6 +66,7 @@ def measure(
     looking: Sequence[Eye],
     *,
     num_side: int,
+    num_candidates: int,
     num_visits: int,
     cache_path: Path,
 ) -> list[dict[str, float | str]]:
@@ -71,49 +74,63 @@ def measure(
 
     Args:
         name: Of the kind of photographs, in the table and in the cache.
-        squares: The first are trained on; the others are held out or samples, as each seed divides them.
+        squares: Photographs; each seed divides them into those trained on, those held out, and samples.
         looking: The eyes.
         num_side: Photographs trained on, and held-out ones.
+        num_candidates: Only the first so many can be trained on: those are copied, which takes long.
         num_visits: Imitated second visits of each sample, which are samples, too.
         cache_path: Where what the eyes see is kept.
     """
+    candidates = squares[:num_candidates]
     planted = [controls.plant_copy(square, kind=controls.KINDS[place % 5], seed=place)
-               for place, square in enumerate(squares[:num_side])]  # fmt: skip
-    visits = [controls.imitate_visit(square, seed=place) for place, square in enumerate(squares[:num_side])]
-    owners = np.tile(np.arange(num_side, len(squares)), 1 + num_visits)
+               for place, square in enumerate(tqdm(candidates, desc=f"{name}: copies"))]  # fmt: skip
+    visits = [controls.imitate_visit(square, seed=place)
+              for place, square in enumerate(tqdm(candidates, desc=f"{name}: visits"))]  # fmt: skip
+    owners = np.tile(np.arange(len(squares)), 1 + num_visits)
     further = [controls.imitate_visit(squares[owner], seed=len(squares) + place)
-               for place, owner in enumerate(owners[len(squares) - num_side :])]  # fmt: skip
+               for place, owner in enumerate(tqdm(owners[len(squares) :], desc=f"{name}: samples"))]  # fmt: skip
     seen_by: dict[str, dict[str, Floats]] = {}
     for eye in tqdm(looking, desc=name):
-        seen = kept(cache_path / f"{name}-{eye.name}.npy", eye, squares)
-        among = similarities(cache_path / f"{name}-{eye.name}-among.npy", eye, seen, seen)
-        copied = kept(cache_path / f"{name}-{eye.name}-copies.npy", eye, planted)
-        revisited = kept(cache_path / f"{name}-{eye.name}-visits.npy", eye, visits)
-        sampled = [among[num_side:]]
+        cached = f"{name}-{eye.name}"
+        seen = kept(cache_path / f"{cached}.npy", eye, squares)
+        among = similarities(cache_path / f"{cached}-among.npy", eye, seen, seen)
+        copied = kept(cache_path / f"{cached}-{num_candidates}-copies.npy", eye, planted)
+        revisited = kept(cache_path / f"{cached}-{num_candidates}-visits.npy", eye, visits)
+        sampled = [among]
         if further:
-            again = kept(cache_path / f"{name}-{eye.name}-further.npy", eye, further)
-            sampled.append(similarities(cache_path / f"{name}-{eye.name}-further-among.npy", eye, again, seen))
+            again = kept(cache_path / f"{cached}-{len(further)}-further.npy", eye, further)
+            sampled.append(similarities(cache_path / f"{cached}-{len(further)}-further-among.npy", eye, again, seen))
         seen_by[eye.name] = {
             "among": among,
-            "copies": similarities(cache_path / f"{name}-{eye.name}-to-copies.npy", eye, copied, seen),
-            "visits": similarities(cache_path / f"{name}-{eye.name}-to-visits.npy", eye, revisited, seen[:num_side]),
+            "copies": similarities(cache_path / f"{cached}-{num_candidates}-to-copies.npy", eye, copied, seen),
+            "visits": similarities(
+                cache_path / f"{cached}-{num_candidates}-to-visits.npy", eye, revisited, seen[:num_candidates]
+            ),
             "samples": np.vstack(sampled),
         }
     groups = {eye: [eye] for eye in seen_by} | {"all": list(seen_by)}
     outcomes: dict[tuple[str, float], list[bool]] = {(group, share): [] for group in groups for share in SHARES}
-    trained = np.arange(num_side)
-    for seed in range(NUM_SEEDS):
+    shares_found: dict[tuple[str, str], list[float]] = {
+        (group, kind): [] for group in groups for kind in ("copies", "visits")
+    }
+    numbers = np.arange(num_side)
+    for seed in tqdm(range(NUM_SEEDS), desc=f"{name}: seeds"):
         random = np.random.default_rng(seed)
-        order = random.permutation(np.arange(num_side, len(squares)))
-        held_out = order[:num_side]
-        fresh = random.permutation(np.flatnonzero(~np.isin(owners, held_out)))[:NUM_SAMPLES]
+        trained = random.permutation(num_candidates)[:num_side]
+        held_out = random.permutation(np.setdiff1d(np.arange(len(squares)), trained))[:num_side]
+        others_than_these = np.flatnonzero(~np.isin(owners, np.concatenate([trained, held_out])))
+        fresh = random.permutation(others_than_these)[:NUM_SAMPLES]
         tau = {
             eye: comparison.threshold(seen["among"][np.ix_(held_out, trained)].max(axis=1))
             for eye, seen in seen_by.items()
         }
+        for group, kind in shares_found:
+            nearest = {eye: seen_by[eye][kind][np.ix_(trained, trained)].max(axis=1) for eye in groups[group]}
+            is_found = np.any([near > tau[eye] for eye, near in nearest.items()], axis=0)
+            shares_found[group, kind].append(float(is_found.mean()))
         for share in SHARES:
             num_planted = round(share * NUM_SAMPLES)
-            copied_C, others = random.permutation(num_side)[np.arange(num_planted) % num_side], fresh[num_planted:]
+            copied_C, others = random.permutation(trained)[np.arange(num_planted) % num_side], fresh[num_planted:]
             sights = {
                 eye: Sight(
                     to_trained=np.vstack(
@@ -128,28 +145,16 @@ def measure(
             }
             for group, names in groups.items():
                 found = comparison.find_copies(
-                    {eye: sights[eye] for eye in names}, trained_N=trained, held_out_H=trained, seed=seed
+                    {eye: sights[eye] for eye in names}, trained_N=numbers, held_out_H=numbers, seed=seed
                 )
                 outcomes[group, share].append(checks.copies(found, RULES).verdict == "FAIL")
     return [
         {"photographs": name, "eye": group, "samples": NUM_SAMPLES, "planted": share, "seeds": NUM_SEEDS,
          "found": float(np.mean(outcomes[group, share])),
-         **{f"{kind}_found": found_share(seen_by, tau, names, kind, num_side) for kind in ("copies", "visits")}}
-        for group, names in groups.items()
+         **{f"{kind}_found": float(np.mean(shares_found[group, kind])) for kind in ("copies", "visits")}}
+        for group in groups
         for share in SHARES
     ]  # fmt: skip
-
-
-def found_share(
-    seen_by: Mapping[str, Mapping[str, Floats]],
-    tau: Mapping[str, float],
-    names: Sequence[str],
-    kind: str,
-    num_side: int,
-) -> float:
-    """Returns the share of the planted copies or visits that at least one of the eyes finds."""
-    is_found = [seen_by[eye][kind][:, :num_side].max(axis=1) > tau[eye] for eye in names]
-    return float(np.any(is_found, axis=0).mean())
 
 
 def kept(path: Path, eye: Eye, squares: Sequence[Photograph]) -> Floats:

@@ -81,14 +81,14 @@ def main() -> None:
     write("learning", rows, ratios)
 
 
-def run_job(name: str, arguments: Sequence[str]) -> str:
-    """Runs a job as an operator would; returns its record's id. What it says goes to runs/bench/learning/NAME.log.
+def run_job(name: str, arguments: Sequence[str], *, folder: Path = FOLDER) -> str:
+    """Runs a job as an operator would; returns its record's id. What it says goes to NAME.log in ``folder``.
 
     Raises:
         RuntimeError: If it fails; it ends with what the job said last.
     """
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"WANDB_MODE": "disabled"}
-    log = FOLDER / f"{name}.log"
+    log = folder / f"{name}.log"
     with log.open("a") as said:
         command = [sys.executable, "-m", f"jobs.{name}", *arguments]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True, check=False)
