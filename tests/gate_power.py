@@ -118,8 +118,8 @@ def measure(
         random = np.random.default_rng(seed)
         trained = random.permutation(num_candidates)[:num_side]
         held_out = random.permutation(np.setdiff1d(np.arange(len(squares)), trained))[:num_side]
-        others_than_these = np.flatnonzero(~np.isin(owners, np.concatenate([trained, held_out])))
-        fresh = random.permutation(others_than_these)[:NUM_SAMPLES]
+        eligible = np.flatnonzero(~np.isin(owners, np.concatenate([trained, held_out])))
+        fresh = random.permutation(eligible)[:NUM_SAMPLES]
         tau = {
             eye: comparison.threshold(seen["among"][np.ix_(held_out, trained)].max(axis=1))
             for eye, seen in seen_by.items()
