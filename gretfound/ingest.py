@@ -292,7 +292,7 @@ def stream(
     # Data 2.60 cuts. A repartition would join and cut, and so copy, every photograph several times more.
     context.target_max_block_size = int(0.75 * images_per_block * _row_bytes(views))
     places = ray.data.range(len(windows), override_num_blocks=len(windows))
-    num_tasks = math.ceil(TASKS_PER_CPU * data_cpus)
+    num_tasks = max(1, math.ceil(TASKS_PER_CPU * data_cpus))
     cpus_per_task = math.floor(1e4 * data_cpus / num_tasks) / 1e4  # Ray counts CPUs in ten thousandths
     crops = places.map_batches(read, batch_size=1, num_cpus=cpus_per_task)
     iterators: list[ray.data.DataIterator] = crops.streaming_split(num_workers, equal=True)
