@@ -124,6 +124,10 @@ def measure(
             eye: comparison.threshold(seen["among"][np.ix_(held_out, trained)].max(axis=1))
             for eye, seen in seen_by.items()
         }
+        visit_p5 = {
+            eye: float(np.quantile(seen["visits"][np.ix_(trained, trained)].max(axis=1), 0.05))
+            for eye, seen in seen_by.items()
+        }
         for group, kind in shares_found:
             nearest = {eye: seen_by[eye][kind][np.ix_(trained, trained)].max(axis=1) for eye in groups[group]}
             is_found = np.any([near > tau[eye] for eye, near in nearest.items()], axis=0)
@@ -140,6 +144,7 @@ def measure(
                         [seen["copies"][np.ix_(copied_C, held_out)], seen["samples"][others][:, held_out]]
                     ),
                     tau=tau[eye],
+                    visit_p5=visit_p5[eye],
                 )
                 for eye, seen in seen_by.items()
             }

@@ -224,7 +224,12 @@ def look_for_copies(
     for eye in able:  # against both sides at once: laying one sample over others is what takes the time
         both_SM = eye.similarity(seen[eye.name], np.concatenate([known[eye.name], unknown[eye.name]]))
         to_trained_SN, to_held_out_SH = np.split(both_SM, [len(trained)], axis=1)
-        sights[eye.name] = Sight(to_trained=to_trained_SN, to_held_out=to_held_out_SH, tau=taus[eye.name])
+        sights[eye.name] = Sight(
+            to_trained=to_trained_SN,
+            to_held_out=to_held_out_SH,
+            tau=taus[eye.name],
+            visit_p5=seeing[eye.name].visit_p5,
+        )
     copies = comparison.find_copies(sights, trained_N=trained.numbers, held_out_H=held_out.numbers, seed=seed)
     return CopyTrial(
         checks=(first, checks.copies(copies, policy)),

@@ -1,5 +1,7 @@
 """The gate's statistics against closed forms and simulations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -20,9 +22,31 @@ def test_threshold__of_a_large_null_is_the_wanted_quantile() -> None:
     assert 0.01 < np.mean(shares) < 0.025
 
 
-def test_mcnemar_p__is_the_sign_test() -> None:
-    assert comparison.mcnemar_p(8, 1) == pytest.approx(stats.binomtest(8, 9, 0.5, alternative="greater").pvalue)
-    assert comparison.mcnemar_p(0, 0) == 1.0
+def test_division_p__is_that_of_the_hypergeometric_distribution() -> None:
+    # Nine patients are found by a sample each, eight of them of the five hundred trained on.
+    near_trained, near_held_out = np.zeros((20, 500), bool), np.zeros((20, 300), bool)
+    near_trained[np.arange(8), np.arange(8)] = near_held_out[8, 0] = True
+    found = comparison.division_p(near_trained, near_held_out, trained_N=np.arange(500), held_out_H=np.arange(300))
+    assert found == pytest.approx(stats.hypergeom.sf(7, 800, 500, 9), abs=0.015)
+    nothing = np.zeros((20, 5), bool)
+    assert comparison.division_p(nothing, nothing, trained_N=np.arange(5), held_out_H=np.arange(5)) == 1.0
+
+
+def test_division_p__many_samples_near_to_one_patient_are_no_excess() -> None:
+    # Two hundred samples are like one patient: by chance that one is held out as often.
+    near_trained, near_held_out = np.zeros((500, 90), bool), np.zeros((500, 90), bool)
+    near_trained[:200, 4:6] = True
+    found = comparison.division_p(near_trained, near_held_out, trained_N=np.arange(90) // 2, held_out_H=np.arange(90))
+    assert found == pytest.approx(45 / 135, abs=0.03)
+
+
+def test_raised_tau__lets_one_sample_near_to_a_held_out_photograph_and_stops_at_second_visits() -> None:
+    sight = _sight(0, seed=1, num_samples=500)
+    blurred = replace(sight, to_trained=sight.to_trained + 0.1, to_held_out=sight.to_held_out + 0.1)
+    assert (blurred.to_held_out > blurred.tau).any(axis=1).sum() > 10
+    assert (blurred.to_held_out > blurred.raised_tau).any(axis=1).sum() == 1
+    assert replace(blurred, visit_p5=blurred.tau + 0.01).raised_tau == blurred.tau + 0.01
+    assert replace(blurred, visit_p5=0.0).raised_tau == blurred.tau
 
 
 def test_holm__is_the_textbook_example() -> None:
@@ -38,7 +62,8 @@ def _sight(
     to_trained[np.arange(num_copies), random.permutation(num_trained)[:num_copies]] = 0.99
     to_held_out = random.beta(2, 8, (num_samples, num_held_out)).astype(np.float32)
     null = random.beta(2, 8, (num_held_out, num_trained)).max(axis=1)
-    return Sight(to_trained=to_trained, to_held_out=to_held_out, tau=comparison.threshold(null.astype("f4")))
+    tau = comparison.threshold(null.astype("f4"))
+    return Sight(to_trained=to_trained, to_held_out=to_held_out, tau=tau, visit_p5=0.98)
 
 
 def _found(sight: Sight) -> comparison.Copies:
@@ -57,13 +82,26 @@ def test_find_copies__no_copy_is_seldom_an_alarm_and_many_always() -> None:
 
 
 def test_find_copies__a_larger_training_set_is_no_excess() -> None:
-    # Without equal blocks, eight times the references would "find" eight times the copies.
+    # Eight times the references have eight times as many samples near to them, by chance.
     sight = _sight(0, seed=3, num_trained=2400, num_held_out=300)
-    lower = Sight(to_trained=sight.to_trained, to_held_out=sight.to_held_out, tau=sight.tau - 0.05)
+    lower = replace(sight, tau=sight.tau - 0.05, visit_p5=0.0)
     found = _found(lower)
     near = (lower.to_trained > lower.tau).any(axis=1).mean()
     assert near > 4 * (lower.to_held_out > lower.tau).any(axis=1).mean() and near > 0.01
     assert found.p > 0.01
+
+
+def test_find_copies__photographs_that_many_samples_resemble_are_seldom_an_alarm() -> None:
+    # A tenth of the samples is like the same few of eight photographs; chance decides on which side those are.
+    alarms = []
+    for seed in range(40):
+        sight, random = _sight(0, seed=seed, num_samples=500, num_trained=300), np.random.default_rng([seed, 1])
+        both = np.hstack([sight.to_trained, sight.to_held_out])
+        alike = random.permutation(600)[:8]
+        both[:50, alike] += random.random((50, 8)).astype("f4")
+        drawn = replace(sight, to_trained=both[:, :300], to_held_out=both[:, 300:], visit_p5=0.0)
+        alarms.append(_found(drawn).p < 0.01)
+    assert sum(alarms) <= 2
 
 
 def test_find_copies__requires_an_eye_and_a_control() -> None:
