@@ -58,7 +58,7 @@ class _Blind:
 
 
 def test_look_for_copies__finds_planted_ones_and_no_others(eye: eyes.EmbeddingEye) -> None:
-    trained, held_out, fresh = draw(0, 60, 64), draw(1000, 30, 64), draw(2000, 40, 64)
+    trained, held_out, fresh = draw(0, 60, 64), draw(1000, 30, 64), draw(2000, 96, 64)
     sides = {"trained": side_of(trained, "t"), "held_out": side_of(held_out, "h")}
     looking = [eye, eyes.DetailEye(), eyes.VesselEye()]
     healthy = trial.look_for_copies(**sides, samples=fresh, eyes=looking, policy=RULES)
