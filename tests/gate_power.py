@@ -150,7 +150,11 @@ def measure(
             }
             for group, names in groups.items():
                 found = comparison.find_copies(
-                    {eye: sights[eye] for eye in names}, trained_N=numbers, held_out_H=numbers, seed=seed
+                    {eye: sights[eye] for eye in names},
+                    trained_N=numbers,
+                    held_out_H=numbers,
+                    max_p=RULES.max_p,
+                    seed=seed,
                 )
                 outcomes[group, share].append(checks.copies(found, RULES).verdict == "FAIL")
     return [

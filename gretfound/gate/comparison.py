@@ -7,6 +7,7 @@ Legend of array suffixes: S samples, N photographs trained on, H held-out ones, 
 them that a sample is near to, R resamples or divisions.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 NUM_RESAMPLES = 500
 NUM_DIVISIONS = 4999
+_BLOCK = 1000  # divisions at once, for memory
 FALSE_ANSWERS = 0.01  # the rate at which true ones are counted
 
 
@@ -34,7 +36,15 @@ def threshold(best_H: Floats) -> float:
     return float(np.quantile(best_H, 1.0 - 1.0 / len(best_H)))
 
 
-def division_p(near_SN: Bools, near_SH: Bools, *, trained_N: Ints, held_out_H: Ints, seed: int = 0) -> float:
+def division_p(
+    near_SN: Bools,
+    near_SH: Bools,
+    *,
+    trained_N: Ints,
+    held_out_H: Ints,
+    num_divisions: int = NUM_DIVISIONS,
+    seed: int = 0,
+) -> float:
     """Returns how often a division of the same patients by chance has as many samples near to one side only.
 
     Nobody was trained on by the null hypothesis, so that who is on which side is chance. Samples need not be
@@ -46,6 +56,7 @@ def division_p(near_SN: Bools, near_SH: Bools, *, trained_N: Ints, held_out_H: I
         near_SH: And to a held-out one.
         trained_N: Numbers of the patients trained on.
         held_out_H: And of those held out; none is on both sides, also where numbers are the same.
+        num_divisions: By chance; p is not smaller than one in so many and one.
         seed: Of the divisions.
 
     Source: Phipson and Smyth 2010 (Statistical Applications in Genetics and Molecular Biology 9:39): p is never 0.
@@ -57,12 +68,22 @@ def division_p(near_SN: Bools, near_SH: Bools, *, trained_N: Ints, held_out_H: I
     if not len(found_K):
         return 1.0
     near_SK = near_SP[:, found_K][near_SP.any(axis=1)].astype(np.float32)
+    made = _more_near(near_SK, found_K[None] < num_trained)[0]
     random = np.random.default_rng(seed)
-    places_RK = [random.choice(num_patients, len(found_K), replace=False) for _ in range(NUM_DIVISIONS)]
-    is_trained_KR = (np.stack([found_K, *places_RK]) < num_trained).T.astype(np.float32)
-    near_first_R = (near_SK @ is_trained_KR > 0).sum(axis=0)
-    more_R = near_first_R - (near_SK @ (1 - is_trained_KR) > 0).sum(axis=0)
-    return float((more_R >= more_R[0]).mean())  # the division that was made is one of them
+    num_as_large = 1  # the division that was made is one of them
+    for begin in range(0, num_divisions, _BLOCK):
+        size = min(_BLOCK, num_divisions - begin)
+        places_RK = np.stack([random.choice(num_patients, len(found_K), replace=False) for _ in range(size)])
+        num_as_large += int((_more_near(near_SK, places_RK < num_trained) >= made).sum())
+    return num_as_large / (num_divisions + 1)
+
+
+def _more_near(near_SK: Floats, is_trained_RK: Bools) -> Ints:
+    """Returns how many more samples are near to the side trained on than to the other, for each division."""
+    is_trained_KR = is_trained_RK.T.astype(np.float32)
+    near_trained_R = (near_SK @ is_trained_KR > 0).sum(axis=0)
+    more_R: Ints = near_trained_R - (near_SK @ (1 - is_trained_KR) > 0).sum(axis=0)
+    return more_R
 
 
 def _by_patient(near_SN: Bools, people_N: Ints) -> Bools:
@@ -134,13 +155,16 @@ class Copies:
     num_patients: int
 
 
-def find_copies(sights: Mapping[str, Sight], *, trained_N: Ints, held_out_H: Ints, seed: int = 0) -> Copies:
+def find_copies(
+    sights: Mapping[str, Sight], *, trained_N: Ints, held_out_H: Ints, max_p: float, seed: int = 0
+) -> Copies:
     """Tests whether samples are nearer to the photographs trained on than chance brings them to held-out ones.
 
     Args:
         sights: What each eye that can see sees.
         trained_N: Numbers of the patients trained on.
         held_out_H: And of those held out.
+        max_p: That the result is held against: there are enough divisions for a p of half of it.
         seed: Of the divisions by chance.
 
     Raises:
@@ -149,6 +173,7 @@ def find_copies(sights: Mapping[str, Sight], *, trained_N: Ints, held_out_H: Int
     if not sights or not len(held_out_H):
         raise ValueError("found no eye or no held-out photograph; required one of each")
     num_trained, num_held_out = len(trained_N), len(held_out_H)
+    num_divisions = max(NUM_DIVISIONS, math.ceil(2 * len(sights) / max_p))
     p_values, excesses = [], []
     num_samples = len(next(iter(sights.values())).to_trained)
     is_flagged_S, is_control_S = np.zeros(num_samples, bool), np.zeros(num_samples, bool)
@@ -157,7 +182,8 @@ def find_copies(sights: Mapping[str, Sight], *, trained_N: Ints, held_out_H: Int
         is_flagged_S |= (sight.to_trained > sight.tau).any(axis=1)
         is_control_S |= (sight.to_held_out > sight.tau).any(axis=1)
         near_SN, near_SH = sight.to_trained > sight.raised_tau, sight.to_held_out > sight.raised_tau
-        p_values.append(division_p(near_SN, near_SH, trained_N=trained_N, held_out_H=held_out_H, seed=seed))
+        sides = {"trained_N": trained_N, "held_out_H": held_out_H}
+        p_values.append(division_p(near_SN, near_SH, **sides, num_divisions=num_divisions, seed=seed))
         near_trained_S: Bools = np.any(near_SN, axis=1)
         near_held_out_S: Bools = np.any(near_SH, axis=1)
         # A larger set holds more that are near by chance alone.

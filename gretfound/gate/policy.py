@@ -11,6 +11,7 @@ from gretfound.errors import ConfigError
 
 POLICY_FOLDER = Path(__file__).parents[2] / "conf" / "gate"
 EYES = ("embedding", "details", "vessels")
+_LEAST_MAX_P = 1e-5  # G2 asks chance often enough for a p of half of it, which takes a minute then
 _SHARES = (
     "held_out_share", "min_copies_found", "min_visits_found", "max_false_flags", "max_p", "max_excess", "warn_excess",
     "max_patient_excess", "max_auc_upper", "fail_auc", "max_tpr", "max_tpr_upper", "fail_tpr", "max_blind_auc",
@@ -69,6 +70,7 @@ class Policy:
         odd += [each.name for each in fields(self) if each.type is int and getattr(self, each.name) < 1]
         odd += ["required_eyes"] if not self.required_eyes or set(self.required_eyes) - set(EYES) else []
         odd += ["times"] if not self.times else []
+        odd += ["max_p"] if self.max_p < _LEAST_MAX_P else []
         odd += ["held_out_share"] if not 0.0 < self.held_out_share < 1.0 else []
         if odd:
             raise ValueError(f"found {', '.join(odd)} out of range")

@@ -230,7 +230,9 @@ def look_for_copies(
             tau=taus[eye.name],
             visit_p5=seeing[eye.name].visit_p5,
         )
-    copies = comparison.find_copies(sights, trained_N=trained.numbers, held_out_H=held_out.numbers, seed=seed)
+    copies = comparison.find_copies(
+        sights, trained_N=trained.numbers, held_out_H=held_out.numbers, max_p=policy.max_p, seed=seed
+    )
     return CopyTrial(
         checks=(first, checks.copies(copies, policy)),
         flagged=tuple(np.flatnonzero(copies.is_flagged).tolist()),

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from gretfound.gate import comparison
+from gretfound.gate import comparison, policy
 from gretfound.gate.comparison import Sight
 
 
@@ -66,10 +66,10 @@ def _sight(
     return Sight(to_trained=to_trained, to_held_out=to_held_out, tau=tau, visit_p5=0.98)
 
 
-def _found(sight: Sight) -> comparison.Copies:
+def _found(sight: Sight, *, max_p: float = 0.01) -> comparison.Copies:
     num_trained, num_held_out = sight.to_trained.shape[1], sight.to_held_out.shape[1]
     return comparison.find_copies(
-        {"eye": sight}, trained_N=np.arange(num_trained), held_out_H=np.arange(num_held_out), seed=0
+        {"eye": sight}, trained_N=np.arange(num_trained), held_out_H=np.arange(num_held_out), max_p=max_p, seed=0
     )
 
 
@@ -79,6 +79,18 @@ def test_find_copies__no_copy_is_seldom_an_alarm_and_many_always() -> None:
     found = [_found(_sight(60, seed=seed, num_samples=1000)) for seed in range(5)]
     assert all(each.p < 0.01 and each.is_flagged[:60].all() and each.excess > 0.02 for each in found)
     assert all(each.patient_excess > 0.05 and each.patient_p < 0.01 for each in found)
+
+
+def test_find_copies__can_fall_below_the_p_of_every_policy() -> None:
+    rules = [policy.read_policy(name).max_p for name in ("standard", "demonstration")]
+    assert min(rules) < 1 / comparison.NUM_DIVISIONS, "or this tests nothing"
+    sight = _sight(60, seed=1, num_samples=500, num_trained=300)
+    assert all(_found(sight, max_p=max_p).p < max_p for max_p in rules)
+
+
+def test_policy__with_a_p_that_chance_cannot_tell_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_p out of range"):
+        replace(policy.read_policy("standard"), max_p=0.0)
 
 
 def test_find_copies__a_larger_training_set_is_no_excess() -> None:
@@ -106,7 +118,7 @@ def test_find_copies__photographs_that_many_samples_resemble_are_seldom_an_alarm
 
 def test_find_copies__requires_an_eye_and_a_control() -> None:
     with pytest.raises(ValueError, match="no eye"):
-        comparison.find_copies({}, trained_N=np.arange(3), held_out_H=np.arange(3))
+        comparison.find_copies({}, trained_N=np.arange(3), held_out_H=np.arange(3), max_p=0.01)
 
 
 def test_tell_apart__agrees_with_scikit_learn_and_covers_the_truth() -> None:
