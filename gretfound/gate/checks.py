@@ -114,7 +114,8 @@ def controls(found: Sequence[Control], policy: Policy, *, num_real_visits: int) 
 def copies(found: Copies | None, policy: Policy) -> Check:
     """G2: are more samples copies of patients trained on than chance makes of held-out ones?"""
     required = (
-        f"excess under {policy.max_excess:.1%} of {policy.num_samples:,} samples and no p below {policy.max_p:g}; "
+        f"of {policy.num_samples:,} samples an excess under {policy.max_excess:.1%} as near as a second visit, and "
+        f"no p below {policy.max_p:g}; "
         f"patients found beyond the control at most {policy.max_patient_excess:.1%}"
     )
     if found is None:

@@ -45,7 +45,7 @@ def division_p(
     num_divisions: int = NUM_DIVISIONS,
     seed: int = 0,
 ) -> float:
-    """Returns how often a division of the same patients by chance has as many samples near to one side only.
+    """Returns how often a division of the same patients by chance has as large a surplus of samples near to one side.
 
     Nobody was trained on by the null hypothesis, so that who is on which side is chance. Samples need not be
     independent: a photograph that many samples resemble is as likely to be held out as trained on. Two sides of
@@ -81,8 +81,8 @@ def division_p(
 def _more_near(near_SK: Floats, is_trained_RK: Bools) -> Ints:
     """Returns how many more samples are near to the side trained on than to the other, for each division."""
     is_trained_KR = is_trained_RK.T.astype(np.float32)
-    near_trained_R = (near_SK @ is_trained_KR > 0).sum(axis=0)
-    more_R: Ints = near_trained_R - (near_SK @ (1 - is_trained_KR) > 0).sum(axis=0)
+    num_near_SR = near_SK @ is_trained_KR
+    more_R: Ints = (num_near_SR > 0).sum(axis=0) - (num_near_SR < near_SK.sum(axis=1, keepdims=True)).sum(axis=0)
     return more_R
 
 
@@ -123,13 +123,9 @@ class Sight:
     visit_p5: float
 
     @property
-    def raised_tau(self) -> float:
-        """The similarity above which copies are counted: at most one sample comes that near to a held-out photograph.
-
-        Samples may resemble photographs more than photographs resemble each other, as blurred ones do. Never above
-        `visit_p5` but for `tau` itself: an eye isn't made blind.
-        """
-        return max(self.tau, min(self.visit_p5, threshold(self.to_held_out.max(axis=1))))
+    def as_a_visit(self) -> float:
+        """The similarity of a second visit, never below tau: a photograph that is like many others is not that near."""
+        return max(self.tau, self.visit_p5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +135,7 @@ class Copies:
     Args:
         is_flagged: Samples that are above an eye's tau to a photograph trained on.
         p: The smallest of all eyes, adjusted for their number.
-        excess: Share of samples above the raised tau beyond the control, of the eye with the largest.
+        excess: Share of samples as near as a second visit, beyond that of the control, of the eye with the largest.
         num_controls: Samples that are above an eye's tau to a held-out photograph.
         patient_excess: Share of patients trained on who are found in a sample, beyond that of held-out patients.
         patient_p: Of that excess, by the binomial distribution.
@@ -179,15 +175,18 @@ def find_copies(
     is_flagged_S, is_control_S = np.zeros(num_samples, bool), np.zeros(num_samples, bool)
     found_N, found_H = np.zeros(num_trained, bool), np.zeros(num_held_out, bool)
     for sight in sights.values():
-        is_flagged_S |= (sight.to_trained > sight.tau).any(axis=1)
-        is_control_S |= (sight.to_held_out > sight.tau).any(axis=1)
-        near_SN, near_SH = sight.to_trained > sight.raised_tau, sight.to_held_out > sight.raised_tau
+        near_SN, near_SH = sight.to_trained > sight.tau, sight.to_held_out > sight.tau
         sides = {"trained_N": trained_N, "held_out_H": held_out_H}
         p_values.append(division_p(near_SN, near_SH, **sides, num_divisions=num_divisions, seed=seed))
+        # A larger set holds more that are near by chance alone.
+        as_visits = [
+            float((each > sight.as_a_visit).any(axis=1).mean()) for each in (sight.to_trained, sight.to_held_out)
+        ]
+        excesses.append(as_visits[0] - as_visits[1] * num_trained / num_held_out)
         near_trained_S: Bools = np.any(near_SN, axis=1)
         near_held_out_S: Bools = np.any(near_SH, axis=1)
-        # A larger set holds more that are near by chance alone.
-        excesses.append(float(near_trained_S.mean() - near_held_out_S.mean() * num_trained / num_held_out))
+        is_flagged_S |= near_trained_S
+        is_control_S |= near_held_out_S
         found_N |= _nearest(sight.to_trained, near_trained_S)
         found_H |= _nearest(sight.to_held_out, near_held_out_S)
     people, controls = len(np.unique(trained_N)), len(np.unique(held_out_H))

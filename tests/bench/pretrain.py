@@ -183,7 +183,7 @@ def main() -> None:
                 for cores, found in overheads.items()
             ),
             *(
-                Ratio(f"the same, {cores}, {end} of {NUM_ROUNDS}", found[place], "reported")
+                Ratio(f"time under Ray and DeepSpeed, {cores}, {end} of {NUM_ROUNDS}", found[place], "reported")
                 for cores, found in overheads.items()
                 for end, place in (("lowest", 0), ("highest", -1))
             ),
