@@ -115,8 +115,7 @@ def copies(found: Copies | None, policy: Policy) -> Check:
     """G2: are more samples copies of patients trained on than chance makes of held-out ones?"""
     required = (
         f"of {policy.num_samples:,} samples an excess under {policy.max_excess:.1%} as near as a second visit, and "
-        f"no p below {policy.max_p:g}; "
-        f"patients found beyond the control at most {policy.max_patient_excess:.1%}"
+        f"no p below {policy.max_p:g}; patients found beyond the control at most {policy.max_patient_excess:.1%}"
     )
     if found is None:
         return _no_eye("G2", required)

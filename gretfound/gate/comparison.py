@@ -52,11 +52,11 @@ def division_p(
     unequal size are compared with divisions of those sizes.
 
     Args:
-        near_SN: Samples that are near to a photograph trained on.
-        near_SH: And to a held-out one.
+        near_SN: Which samples are near to which photographs trained on, (S, N).
+        near_SH: And to which held-out ones, (S, H).
         trained_N: Numbers of the patients trained on.
         held_out_H: And of those held out; none is on both sides, also where numbers are the same.
-        num_divisions: By chance; p is not smaller than one in so many and one.
+        num_divisions: By chance, the one that was made not counted: p is at least 1 / (num_divisions + 1).
         seed: Of the divisions.
 
     Source: Phipson and Smyth 2010 (Statistical Applications in Genetics and Molecular Biology 9:39): p is never 0.
@@ -176,8 +176,11 @@ def find_copies(
     found_N, found_H = np.zeros(num_trained, bool), np.zeros(num_held_out, bool)
     for sight in sights.values():
         near_SN, near_SH = sight.to_trained > sight.tau, sight.to_held_out > sight.tau
-        sides = {"trained_N": trained_N, "held_out_H": held_out_H}
-        p_values.append(division_p(near_SN, near_SH, **sides, num_divisions=num_divisions, seed=seed))
+        p_values.append(
+            division_p(
+                near_SN, near_SH, trained_N=trained_N, held_out_H=held_out_H, num_divisions=num_divisions, seed=seed
+            )
+        )
         # A larger set holds more that are near by chance alone.
         as_visits = [
             float((each > sight.as_a_visit).any(axis=1).mean()) for each in (sight.to_trained, sight.to_held_out)

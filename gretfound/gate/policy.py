@@ -11,7 +11,7 @@ from gretfound.errors import ConfigError
 
 POLICY_FOLDER = Path(__file__).parents[2] / "conf" / "gate"
 EYES = ("embedding", "details", "vessels")
-_LEAST_MAX_P = 1e-5  # G2 asks chance often enough for a p of half of it, which takes a minute then
+_LEAST_MAX_P = 1e-5  # G2 takes 2 / max_p divisions by chance for each eye
 _SHARES = (
     "held_out_share", "min_copies_found", "min_visits_found", "max_false_flags", "max_p", "max_excess", "warn_excess",
     "max_patient_excess", "max_auc_upper", "fail_auc", "max_tpr", "max_tpr_upper", "fail_tpr", "max_blind_auc",

@@ -237,7 +237,7 @@ def look_for_copies(
         checks=(first, checks.copies(copies, policy)),
         flagged=tuple(np.flatnonzero(copies.is_flagged).tolist()),
         pairs=_nearest_pairs(sights),
-        limits={name: (taus[name], max(taus[name], each.visit_p5)) for name, each in seeing.items()},
+        limits={name: (sight.tau, sight.as_a_visit) for name, sight in sights.items()},
         trained={name: known[name] for name in seeing},
     )
 

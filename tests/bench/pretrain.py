@@ -127,8 +127,11 @@ def ray_rate(**layout: int) -> float:
         console.start_ray()
         answer = Path(folder) / "rate.json"
         settings = {"answer": str(answer), "layout": layout}
-        fit.run(train_on_worker, settings, run_uri=folder, name="overhead", cpus_per_worker=NUM_THREADS, max_failures=0)
-        ray.shutdown()  # a process of a pool ends without
+        terms = {"run_uri": folder, "name": "overhead", "cpus_per_worker": NUM_THREADS, "max_failures": 0}
+        try:
+            fit.run(train_on_worker, settings, **terms)
+        finally:
+            ray.shutdown()  # a process of a pool ends without
         return float(json.loads(answer.read_text()))
 
 
