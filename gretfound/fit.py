@@ -36,6 +36,9 @@ from gretfound.errors import ConfigError, NonFiniteLoss
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
+# ZeRO makes its bucket of gradients anew in each step. DeepSpeed's default has 2 GB, which glibc hands back to the
+# system in between; with this one a CPU's step takes no new pages (docs/log.md).
+BUCKET_PARAMETERS = 2**26
 NOT_FOR_OBJECTIVE = ("group", "label", "photograph_key")  # what a run is watched by
 MAX_GROUPS = 1024  # sites times origins whose losses are told apart; any further ones share the last place
 
@@ -606,7 +609,7 @@ def _make_engine(
                 "weight_decay": weight_decay,
             },
         },
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": BUCKET_PARAMETERS},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,

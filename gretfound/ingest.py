@@ -32,6 +32,9 @@ WINDOW_IMAGES = 1024  # at least four row groups: enough to mix sites, few enoug
 SEGMENT_IMAGES = 2**23  # images of one Ray Data execution: 8,192 small tasks; its plan must not grow with the run
 PAUSE_S = 0.01  # short beside a window, which takes a second and more to decode; long beside a turn of 1 to 2 ms
 TASKS_PER_CPU = 1.5  # while one task hands its window out, which waits for Ray Data's loop, another decodes
+BLOCKS_AHEAD = (
+    4  # that a task hands out before Ray Data's loop takes them; a loop that turns at 10 ms takes two too slowly
+)
 MAX_UNREADABLE = 256  # in a row: that is no damaged photograph but a damaged shard
 _IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px", "dr"]
 
@@ -286,6 +289,7 @@ def stream(
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(1.0, data_cpus))
     context.enable_progress_bars = False
+    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD  # no public name in Ray Data 2.60
     if Pause not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(Pause)
     # What `read` yields stays a block as it is: it is larger than this, and smaller than the 1.5 times at which Ray

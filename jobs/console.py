@@ -11,9 +11,14 @@ from typing import Any, NoReturn
 from gretfound.config import describe
 from gretfound.errors import GretfoundError
 
-# glibc hands arrays of more than 32 MiB back to the system at once, and pages that are new again cost more than what is
-# done with them (docs/log.md). Workers keep theirs.
-KEEPS_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+# glibc hands arrays of more than 32 MiB back to the system at once, and in the heap of any thread but the first, where
+# Ray Train's loop runs, those of 64 MiB whatever one asks for. Pages that are new again cost more than what is done
+# with them (docs/log.md); so workers keep theirs, in one heap.
+KEEPS_PAGES = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+# Ray ends a process that has been idle for a second while every CPU is given out; so in a long stream reading processes
+# would come and go all the time, and each imports PyTorch anew (docs/log.md). cluster/ sets the same.
+KEEPS_WORKERS = {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
 
 
 def run(schema: type, main: Callable[[list[str]], str]) -> NoReturn:
@@ -63,6 +68,8 @@ def start_ray(**settings: Any) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells every execution's plan otherwise
     if not ray.is_initialized():
         root = str(Path(__file__).parents[1])
+        for name, value in KEEPS_WORKERS.items():
+            os.environ.setdefault(name, value)  # taken by the cluster that is started here, if one is
         search_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         ray.init(
             address=None if os.environ.get("RAY_ADDRESS") else "local",

@@ -34,7 +34,9 @@ class MAEConfig:
     """The masked autoencoder (He et al., CVPR 2022)."""
 
     mask_ratio: float = setting(0.75, "share of patches hidden from the encoder")
-    predicted_share: float = setting(1.0, "share of the hidden patches that the decoder predicts; less is faster")
+    predicted_share: float = setting(
+        1.0, "share of the hidden patches that the decoder predicts; less is faster, and teaches less"
+    )
     decoder_width: int = setting(512, "width of the decoder")
     decoder_depth: int = setting(8, "blocks of the decoder")
     decoder_num_heads: int = setting(16, "attention heads of the decoder")

@@ -19,7 +19,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from gretfound import config as configuration
-from jobs import pretrain_encoder
+from jobs import console, pretrain_encoder
 from serve.protocol import Arguments
 
 ROOT = Path(__file__).parents[1]
@@ -265,6 +265,16 @@ def test_launcher__the_head_is_closed_and_on_demand() -> None:
     assert "InstanceMarketOptions" not in launcher["available_node_types"]["head"]["node_config"]
     ranges = launcher["provider"]["security_group"]["IpPermissions"][0]["IpRanges"]
     assert all(not entry["CidrIp"].endswith("/0") for entry in ranges)
+
+
+def test_cluster__nodes_of_jobs_keep_their_workers_as_a_laptop_does() -> None:
+    launcher = yaml.safe_load((ROOT / "cluster" / "launcher.yaml").read_text())
+    for name, value in console.KEEPS_WORKERS.items():
+        assert f"--env={name}={value}" in launcher["docker"]["run_options"]
+        for manifest in ("raycluster.yaml", "rayjob.yaml"):
+            for group in node_groups(read_manifest(manifest)):
+                (container,) = group["template"]["spec"]["containers"]
+                assert {"name": name, "value": value} in container["env"]
 
 
 @pytest.mark.parametrize("name", SCALES)

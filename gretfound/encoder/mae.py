@@ -31,8 +31,8 @@ class MaskedAutoencoder(nn.Module):
     Args:
         encoder: A timm vision transformer with a class token; its position embeddings become fixed.
         mask_ratio: Share of patches hidden from the encoder.
-        predicted_share: Share of the hidden patches that the decoder sees and predicts, drawn anew for each image; the
-            loss stays an unbiased estimate of the whole one, for less work.
+        predicted_share: Share of the hidden patches that the decoder sees and predicts, drawn anew for each image. Less
+            is faster, and tells the encoder less: a small one's probe fell with it (docs/log.md).
         decoder_width: Width of the decoder.
         decoder_depth: Blocks of the decoder.
         decoder_num_heads: Attention heads of the decoder.
