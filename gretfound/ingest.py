@@ -32,9 +32,7 @@ WINDOW_IMAGES = 1024  # at least four row groups: enough to mix sites, few enoug
 SEGMENT_IMAGES = 2**23  # images of one Ray Data execution: 8,192 small tasks; its plan must not grow with the run
 PAUSE_S = 0.01  # short beside a window, which takes a second and more to decode; long beside a turn of 1 to 2 ms
 TASKS_PER_CPU = 1.5  # while one task hands its window out, which waits for Ray Data's loop, another decodes
-BLOCKS_AHEAD = (
-    4  # that a task hands out before Ray Data's loop takes them; a loop that turns at 10 ms takes two too slowly
-)
+BLOCKS_AHEAD = 4  # that a task hands out before Ray Data's loop takes them; with two it waits for the loop
 MAX_UNREADABLE = 256  # in a row: that is no damaged photograph but a damaged shard
 _IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px", "dr"]
 

@@ -1,7 +1,7 @@
 """Mixture: real photographs alone, drawn ones alone, and both, at equal compute: what a frozen probe reads from each.
 
 And both once more with a decoder that predicts three quarters of the hidden patches, at equal images: that is faster,
-and has to cost the probe nothing; with half or a third of them it did (docs/log.md).
+and has to cost the probe nothing; with half or a third of them it seemed to (docs/log.md).
 
 The real ones are those of ../shared/cfp but for IDRiD's test part; the drawn ones, as many, are `gretfound.phantom`'s
 and enter the corpus as synthetic ones, since a generator that two cores can train draws 64 px, where no lesion is left.

@@ -5,7 +5,8 @@ attention unfused, every patch embedded before three quarters are dropped, every
 All steps see the same photographs with the same weights. What Ray and DeepSpeed add is told twice: with both cores in
 the step, and as conf/scale/laptop.yaml divides this machine, one core for the step and one for Ray Data, with a larger
 batch. Each rate is of a process of its own, beside which nothing lives: what a process did before it makes its next
-step slower, and a worker beside it too (docs/log.md). Ray's are taken in turn with the bare ones, the median told.
+step slower, and a worker beside it too (docs/log.md). Ray's are taken in turn with the bare ones, the median told. A
+rate is of warm steps, of which a run has thousands.
 """
 
 import json
@@ -30,9 +31,7 @@ from jobs import console
 from tests.bench.outcome import Ratio, Row, write
 
 BATCH_SIZE, NUM_STEPS, NUM_THREADS, NUM_ROUNDS = 32, 3, 2, 3
-WARM_UP_STEPS = (
-    3  # in which a process takes its memory from the system: DeepSpeed's three times as much as the bare step's
-)
+WARM_UP_STEPS = 3  # in which a process takes its memory from the system; with DeepSpeed three times as much
 LAPTOP = {"batch_size": 64, "num_threads": 1}
 SHARES = (3 / 4, 1 / 2, 1 / 3)  # of the masked patches, that the decoder predicts; what they cost a probe: mixture.py
 
