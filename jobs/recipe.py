@@ -35,7 +35,7 @@ class MAEConfig:
 
     mask_ratio: float = setting(0.75, "share of patches hidden from the encoder")
     predicted_share: float = setting(
-        1.0, "share of the hidden patches that the decoder predicts; less is faster, and teaches less"
+        1.0, "share of the hidden patches that the decoder predicts; less is faster, and may teach less"
     )
     decoder_width: int = setting(512, "width of the decoder")
     decoder_depth: int = setting(8, "blocks of the decoder")

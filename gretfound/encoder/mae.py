@@ -32,7 +32,7 @@ class MaskedAutoencoder(nn.Module):
         encoder: A timm vision transformer with a class token; its position embeddings become fixed.
         mask_ratio: Share of patches hidden from the encoder.
         predicted_share: Share of the hidden patches that the decoder sees and predicts, drawn anew for each image. Less
-            is faster, and tells the encoder less: a small one's probe fell with it (docs/log.md).
+            is faster, and may teach less: in one seed a small encoder's probe fell with it (docs/log.md).
         decoder_width: Width of the decoder.
         decoder_depth: Blocks of the decoder.
         decoder_num_heads: Attention heads of the decoder.
