@@ -20,6 +20,7 @@ FORMATS = ("JPEG", "PNG", "TIFF")
 MAX_PIXELS = 64_000_000
 MAX_ENCODED_BYTES = 50 * 2**20
 _THUMBNAIL_PX = 256
+_JPEG_START = b"\xff\xd8"
 _MIN_RADIUS_SHARE = 0.25  # of the shorter side: a smaller circle is a lesion or a reflex, not a field of view
 
 
@@ -87,7 +88,10 @@ def encoded_size(encoded: bytes) -> tuple[int, int]:
         UnreadablePhotograph: If the bytes are of another format.
     """
     try:
-        with Image.open(io.BytesIO(encoded), formats=["JPEG", "PNG"]) as opened:
+        if encoded[:2] == _JPEG_START:
+            height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+            return height, width
+        with Image.open(io.BytesIO(encoded), formats=["PNG"]) as opened:
             return opened.height, opened.width
     except (OSError, SyntaxError, ValueError) as error:
         raise UnreadablePhotograph("NOT_A_PHOTOGRAPH", "the bytes are neither JPEG nor PNG") from error
@@ -106,7 +110,7 @@ def decode_reduced(encoded: bytes, reduction: float) -> tuple[Photograph, int]:
         UnreadablePhotograph: If the bytes cannot be decoded whole.
     """
     try:
-        if encoded[:2] == b"\xff\xd8":
+        if encoded[:2] == _JPEG_START:
             height, width, colour_space, _ = simplejpeg.decode_jpeg_header(encoded)
             if colour_space in ("YCbCr", "Gray"):
                 factor = next(factor for factor in (8, 4, 2, 1) if factor <= max(1.0, reduction))

@@ -23,7 +23,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from torch import Tensor
 
 from gretfound import corpus, shard, storage
-from gretfound.encoder.crops import View, blank_views, draw_views
+from gretfound.encoder.crops import View, draw_views
 from gretfound.errors import ConfigError, LineageError
 from gretfound.fundus import FieldOfView, UnreadablePhotograph
 from gretfound.lineage import Corpus
@@ -32,7 +32,8 @@ WINDOW_IMAGES = 1024  # at least four row groups: enough to mix sites, few enoug
 SEGMENT_IMAGES = 2**23  # images of one Ray Data execution: 8,192 small tasks; its plan must not grow with the run
 PAUSE_S = 0.01  # short beside a window, which takes a second and more to decode; long beside a turn of 1 to 2 ms
 TASKS_PER_CPU = 1.5  # while one task hands its window out, which waits for Ray Data's loop, another decodes
-BLOCKS_AHEAD = 4  # that a task hands out before Ray Data's loop takes them; with two it waits for the loop
+AHEAD_BYTES = 192 * 2**20  # that a task hands out before Ray Data's loop, which comes by ten times a second, takes them
+STORE_SHARE = 0.75  # of Ray's object store that the stream may fill; with Ray Data's half, tasks wait for room
 MAX_UNREADABLE = 256  # in a row: that is no damaged photograph but a damaged shard
 _IMAGE_COLUMNS = ["image", "image_id", "fov_x_px", "fov_y_px", "fov_radius_px", "dr"]
 
@@ -195,7 +196,7 @@ def read_window(
     for offset, (row_group, row) in draws:
         by_row_group.setdefault(row_group, []).append((offset - first, row))
     taken: dict[str, np.ndarray] = {
-        **{name: np.zeros((len(draws), *blank.shape), np.uint8) for name, blank in blank_views(views).items()},
+        **{name: np.empty((len(draws), *view.shape), np.uint8) for name, view in views.items()},
         "position": np.arange(window_start + first, window_start + first + len(draws)),
         "group": np.zeros(len(draws), np.int64),
         "label": np.full(len(draws), -1, np.int64),
@@ -218,6 +219,8 @@ def read_window(
                 )
             except UnreadablePhotograph:
                 taken["is_readable"][place] = False
+                for name in views:
+                    taken[name][place] = 0
                 continue
             for name, crop in crops.items():
                 taken[name][place] = crop
@@ -266,7 +269,9 @@ def stream(
             f"batch_size={batch_size}"
         )
     corpus_id, images_per_block = record.id, batch_size // num_workers
-    windows = plan_of(hub_uri, corpus_id, seed, batch_size)[1].windows(start, end)
+    num_tasks = max(1, math.ceil(TASKS_PER_CPU * data_cpus))
+    window_images = plan_of(hub_uri, corpus_id, seed, batch_size)[1].window_images
+    bounds = task_bounds(start, end, window_images=window_images, batch_size=batch_size, num_tasks=num_tasks)
 
     def read(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         manifest, order = plan_of(hub_uri, corpus_id, seed, batch_size)
@@ -275,9 +280,9 @@ def stream(
                 hub_uri,
                 manifest,
                 order,
-                windows.start + place,
-                start=start,
-                end=end,
+                bounds[place] // order.window_images,
+                start=bounds[place],
+                end=bounds[place + 1],
                 views=views,
                 seed=seed,
                 images_per_block=images_per_block,
@@ -287,23 +292,42 @@ def stream(
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(1.0, data_cpus))
     context.enable_progress_bars = False
-    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD  # no public name in Ray Data 2.60
+    block_bytes = images_per_block * _row_bytes(views)
+    context._max_num_blocks_in_streaming_gen_buffer = max(2, AHEAD_BYTES // block_bytes)  # no public name in Ray 2.60
+    context.override_object_store_memory_limit_fraction = STORE_SHARE
     if Pause not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(Pause)
     # What `read` yields stays a block as it is: it is larger than this, and smaller than the 1.5 times at which Ray
     # Data 2.60 cuts. A repartition would join and cut, and so copy, every photograph several times more.
-    context.target_max_block_size = int(0.75 * images_per_block * _row_bytes(views))
-    places = ray.data.range(len(windows), override_num_blocks=len(windows))
-    num_tasks = max(1, math.ceil(TASKS_PER_CPU * data_cpus))
+    context.target_max_block_size = int(0.75 * block_bytes)
+    places = ray.data.range(len(bounds) - 1, override_num_blocks=len(bounds) - 1)
     cpus_per_task = math.floor(1e4 * data_cpus / num_tasks) / 1e4  # Ray counts CPUs in ten thousandths
     crops = places.map_batches(read, batch_size=1, num_cpus=cpus_per_task)
     iterators: list[ray.data.DataIterator] = crops.streaming_split(num_workers, equal=True)
     return iterators
 
 
+def task_bounds(start: int, end: int, *, window_images: int, batch_size: int, num_tasks: int) -> list[int]:
+    """Cuts the positions from ``start`` to ``end`` into what each task of `stream` reads: a window, or a part of one.
+
+    A task decodes its window and then hands it out, which is waiting for the most part. Tasks that begin together would
+    end together and leave the CPUs idle then; so the first windows are cut in two, each at another place.
+    """
+    num_parts = num_tasks | 1  # odd: no window is cut into equal halves
+    bounds = {start, end}
+    for window in range(start // window_images + 1, -(-end // window_images)):
+        bounds.add(window * window_images)
+    for part in range(1, num_parts // 2 + 1):
+        first = (start // window_images + part - 1) * window_images
+        cut = first + round(window_images * part / num_parts / batch_size) * batch_size
+        if start < cut < end:
+            bounds.add(cut)
+    return sorted(bounds)
+
+
 def _row_bytes(views: Mapping[str, View]) -> int:
     """Returns the bytes of a photograph in `stream`: its crops, three integers, a bit and an id of 64 letters."""
-    return sum(blank.nbytes for blank in blank_views(views).values()) + 92
+    return sum(math.prod(view.shape) for view in views.values()) + 92
 
 
 def torch_batches(

@@ -70,6 +70,19 @@ def test_segments__cover_every_position_once_in_whole_steps() -> None:
     assert max(end - first for first, end in cut) <= ingest.SEGMENT_IMAGES
 
 
+@pytest.mark.parametrize(("start", "end"), [(0, 9600), (96, 9600), (480, 672), (0, 96)])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 4, 24])
+def test_task_bounds__tasks_that_begin_together_end_apart(start: int, end: int, num_tasks: int) -> None:
+    bounds = ingest.task_bounds(start, end, window_images=960, batch_size=96, num_tasks=num_tasks)
+    assert bounds[0] == start and bounds[-1] == end
+    for first, last in itertools.pairwise(bounds):
+        assert first < last and first // 960 == (last - 1) // 960, "a task reads one window's row groups"
+        assert (first - start) % 96 == 0, "and gives whole steps"
+    if end == 9600:
+        lengths = [last - first for first, last in itertools.pairwise(bounds)][:num_tasks]
+        assert len(set(lengths)) >= min(num_tasks, 4), "a window has too few steps to tell two dozen apart"
+
+
 def test_draws__a_last_row_group_without_weight_takes_none() -> None:
     row_groups = [
         {"num_images": 7, "weights": [0.37]},

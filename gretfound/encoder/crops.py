@@ -38,6 +38,11 @@ class View:
     number: int | None = None
     colour: float = 0.0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(number, 3, size_px, size_px), or (3, size_px, size_px) without a number; a view of no crops has one, too."""
+        return (*([] if self.number is None else [self.number]), 3, self.size_px, self.size_px)
+
 
 def draw_views(
     encoded: bytes,
@@ -49,7 +54,7 @@ def draw_views(
     """Decodes a photograph once and takes random resized crops of its field of view, each flipped half of the time.
 
     Returns:
-        For each view uint8 pixels of shape (number, 3, size_px, size_px), or (3, size_px, size_px) without a number.
+        For each view uint8 pixels of its `View.shape`.
 
     Raises:
         fundus.UnreadablePhotograph: If the bytes cannot be decoded.
@@ -75,19 +80,11 @@ def draw_views(
             pixels_CHW[None, :, rows, columns], size=(views[name].size_px,) * 2, mode="bicubic", antialias=True
         )[0]
         crops[name].append(_recoloured(crop.flip(-1) if is_flipped else crop, views[name].colour, rng))
-    taken = blank_views(views)  # a view of no crops keeps its shape
-    for name, view in views.items():
-        if crops[name]:
-            taken[name] = (crops[name][0] if view.number is None else torch.stack(crops[name])).numpy()
+    taken = {name: np.empty(view.shape, np.uint8) for name, view in views.items()}
+    for name, of_view in crops.items():
+        for place, crop in enumerate(of_view):
+            taken[name][... if views[name].number is None else place] = crop
     return taken
-
-
-def blank_views(views: Mapping[str, View]) -> dict[str, np.ndarray]:
-    """Returns black crops in the shapes of `draw_views`."""
-    return {
-        name: np.zeros((*([] if view.number is None else [view.number]), 3, view.size_px, view.size_px), dtype=np.uint8)
-        for name, view in views.items()
-    }
 
 
 def draw_crop(
