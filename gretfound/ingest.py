@@ -270,8 +270,9 @@ def stream(
         )
     corpus_id, images_per_block = record.id, batch_size // num_workers
     num_tasks = max(1, math.ceil(TASKS_PER_CPU * data_cpus))
-    window_images = plan_of(hub_uri, corpus_id, seed, batch_size)[1].window_images
-    bounds = task_bounds(start, end, window_images=window_images, batch_size=batch_size, num_tasks=num_tasks)
+    order = plan_of(hub_uri, corpus_id, seed, batch_size)[1]
+    bounds = task_bounds(order, start, end, batch_size=batch_size, num_tasks=num_tasks)
+    windows = [first // order.window_images for first in bounds[:-1]]
 
     def read(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         manifest, order = plan_of(hub_uri, corpus_id, seed, batch_size)
@@ -280,7 +281,7 @@ def stream(
                 hub_uri,
                 manifest,
                 order,
-                bounds[place] // order.window_images,
+                windows[place],
                 start=bounds[place],
                 end=bounds[place + 1],
                 views=views,
@@ -300,29 +301,36 @@ def stream(
     # What `read` yields stays a block as it is: it is larger than this, and smaller than the 1.5 times at which Ray
     # Data 2.60 cuts. A repartition would join and cut, and so copy, every photograph several times more.
     context.target_max_block_size = int(0.75 * block_bytes)
-    places = ray.data.range(len(bounds) - 1, override_num_blocks=len(bounds) - 1)
+    places = ray.data.range(len(windows), override_num_blocks=len(windows))
     cpus_per_task = math.floor(1e4 * data_cpus / num_tasks) / 1e4  # Ray counts CPUs in ten thousandths
     crops = places.map_batches(read, batch_size=1, num_cpus=cpus_per_task)
     iterators: list[ray.data.DataIterator] = crops.streaming_split(num_workers, equal=True)
     return iterators
 
 
-def task_bounds(start: int, end: int, *, window_images: int, batch_size: int, num_tasks: int) -> list[int]:
+def task_bounds(order: Order, start: int, end: int, *, batch_size: int, num_tasks: int) -> list[int]:
     """Cuts the positions from ``start`` to ``end`` into what each task of `stream` reads: a window, or a part of one.
 
     A task decodes its window and then hands it out, which is waiting for the most part. Tasks that begin together would
     end together and leave the CPUs idle then; so the first windows are cut in two, each at another place.
+
+    Args:
+        order: The order of the positions.
+        start: First position, in whole steps.
+        end: Position to stop before, in whole steps.
+        batch_size: Images a step, as ``order`` has it: each part is a whole number of steps.
+        num_tasks: Tasks at a time.
+
+    Returns:
+        Positions that ascend from ``start`` to ``end``: a task reads from one of them up to the next.
     """
     num_parts = num_tasks | 1  # odd: no window is cut into equal halves
-    bounds = {start, end}
-    for window in range(start // window_images + 1, -(-end // window_images)):
-        bounds.add(window * window_images)
-    for part in range(1, num_parts // 2 + 1):
-        first = (start // window_images + part - 1) * window_images
-        cut = first + round(window_images * part / num_parts / batch_size) * batch_size
-        if start < cut < end:
-            bounds.add(cut)
-    return sorted(bounds)
+    firsts = [window * order.window_images for window in order.windows(start, end)]
+    cuts = [
+        first + round(order.window_images * part / num_parts / batch_size) * batch_size
+        for part, first in enumerate(firsts[: num_parts // 2], start=1)
+    ]
+    return sorted({start, end, *(bound for bound in firsts + cuts if start < bound < end)})
 
 
 def _row_bytes(views: Mapping[str, View]) -> int:

@@ -73,7 +73,8 @@ def test_segments__cover_every_position_once_in_whole_steps() -> None:
 @pytest.mark.parametrize(("start", "end"), [(0, 9600), (96, 9600), (480, 672), (0, 96)])
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 4, 24])
 def test_task_bounds__tasks_that_begin_together_end_apart(start: int, end: int, num_tasks: int) -> None:
-    bounds = ingest.task_bounds(start, end, window_images=960, batch_size=96, num_tasks=num_tasks)
+    order = ingest.Order(manifest_of({"num_images": 256}), seed=0, batch_size=96)
+    bounds = ingest.task_bounds(order, start, end, batch_size=96, num_tasks=num_tasks)
     assert bounds[0] == start and bounds[-1] == end
     for first, last in itertools.pairwise(bounds):
         assert first < last and first // 960 == (last - 1) // 960, "a task reads one window's row groups"
