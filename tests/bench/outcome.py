@@ -46,6 +46,6 @@ def write(name: str, rows: list[Row], ratios: list[Ratio], *, cpus: float | None
     for row in rows:
         print(f"  {row.name:<72}{row.value:>10.4g}  {row.unit}")
     for ratio in ratios:
-        print(f"  {ratio.name:<72}{ratio.value:>10.2f}  goal {ratio.goal}")
+        print(f"  {ratio.name:<72}{ratio.value:>10.3f}  goal {ratio.goal}")
     print(f"  -> {path}")
     return path
