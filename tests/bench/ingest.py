@@ -5,7 +5,7 @@ ingest from disk and from an S3 server on loopback; torch's DataLoader with Imag
 RETFound reads; webdataset; mosaicml-streaming, in an environment of its own; and the bare decode loop as the limit. A
 rate is what a longer run takes more than a shorter one, so that neither start-up nor what was read ahead counts. All
 rates are taken in turn, some rounds of them, and a ratio is the median of the rounds' own: a shared machine's speed
-changes by a half within minutes, and what is measured once may have met another machine than its peer (docs/log.md).
+changes by a quarter within minutes, and what is measured once may have met another machine than its peer (docs/log.md).
 Nothing of Ray's lives while the others are measured. The same run measures the error of decoding at a reduced scale,
 and the memory for one and for ten times the images. Ray's object store has the 2 GiB that it would take of 8 GiB of
 memory by itself, on a larger machine, too.

@@ -5,7 +5,8 @@ is `jobs.pretrain_encoder` with a recipe of conf/pretrain/ and `jobs.evaluate_en
 A seed decides order, crops, masks, initial weights, the untrained network and the probe's folds, not the photographs.
 Self-distillation goes on from the masked autoencoder of its seed, as its recipe asks, so its gain over the untrained
 network holds that one's; what it adds by itself is told apart, seed by seed. And so is what a decoder that predicts
-three quarters of the hidden patches costs after equal images: over as many seeds as tell a tenth of pretraining's gain.
+three quarters of the hidden patches costs after equal images: a tenth of what pretraining gained at first (docs/log.md)
+may be lost.
 The seeds run one after another, each with the whole machine. The hub is kept, so that a broken-off run goes on where it
 was; delete runs/bench/learning to begin anew. It takes long, so `make bench` alone leaves it out.
 """
@@ -41,16 +42,16 @@ class Arm(NamedTuple):
     num_seeds: int
     options: Sequence[str] = ()
     starts_from: str | None = None  # the arm whose weights of the same seed it goes on from
-    less: str | None = None  # the arm from which its difference is told
-    at_least: float = 0.0  # what the lower end of that difference has to exceed
+    compared_with: str | None = None  # the arm over which its gain is told
+    least_gain: float = 0.0  # what the lower end of that gain's interval has to exceed
 
 
 ARMS = {
     "mae": Arm("small_mae", 5),
     "mae, three quarters decoded": Arm(
-        "small_mae", 5, ("mae.predicted_share=0.75",), less="mae", at_least=-0.03
-    ),  # 0.28 is what pretraining gains; a tenth of it may be lost
-    "dinov2": Arm("small_dinov2", 3, starts_from="mae", less="mae"),
+        "small_mae", 5, ("mae.predicted_share=0.75",), compared_with="mae", least_gain=-0.03
+    ),
+    "dinov2": Arm("small_dinov2", 3, starts_from="mae", compared_with="mae"),
 }
 
 
@@ -92,11 +93,13 @@ def main() -> None:
             for each in ENCODERS[1:]
         ]
         reached[name] = [score["pretrained"] for score in scores]
-        if arm.less:
-            others = reached[arm.less][: arm.num_seeds]
+        if arm.compared_with:
+            others = reached[arm.compared_with][: arm.num_seeds]
             low, high = t_interval([ours - theirs for ours, theirs in zip(reached[name], others, strict=True)])
-            rows.append(Row(f"{name} less {arm.less}, by pairs, upper end", high, "AUROC"))
-            ratios.append(Ratio(f"{name} less {arm.less}, by pairs, lower end", low, f"> {arm.at_least:g}"))
+            rows.append(Row(f"{name}: gain over {arm.compared_with}, by pairs, upper end", high, "AUROC"))
+            ratios.append(
+                Ratio(f"{name}: gain over {arm.compared_with}, by pairs, lower end", low, f"> {arm.least_gain:g}")
+            )
     write("learning", rows, ratios)
 
 
